@@ -1,0 +1,136 @@
+"""`pipeline cache-teacher`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.config_file import config_option
+from pipeline.progress import Progress, summary
+
+# Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@click.command("cache-teacher")
+@click.option("--teacher", required=True, metavar="NAME_OR_DIR", help="The teacher: a directory or a hub name.")
+@click.option(
+    "--dataset",
+    required=True,
+    metavar="SOURCE",
+    help="A .jsonl, .jsonl.zst, .json, .parquet or .txt file, a folder of those, or a dataset on the hub "
+    "(name or name:config). Rows are text, prompt + completion, chat messages, or input_ids.",
+)
+@click.option("--output", required=True, metavar="DIR", type=click.Path(), help="The cache to make or to go on with.")
+@click.option(
+    "--top-n", default=64, type=click.IntRange(1, 65535), help="Tokens kept per position, most probable first."
+)
+@click.option("--engine", default="transformers", type=click.Choice(["transformers"]), help="What runs the teacher.")
+@click.option(
+    "--dtype",
+    default="auto",
+    type=click.Choice(_DTYPES),
+    help="Precision of the teacher. auto: float32 on a CPU, else the checkpoint's own.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    show_default="2048, or the teacher's context if shorter",
+    help="Longest sequence, in tokens.",
+)
+@click.option(
+    "--overlong",
+    default="cut",
+    type=click.Choice(["cut", "split"]),
+    help="What becomes of longer rows: only their start is kept, or they become several sequences.",
+)
+@click.option("--split", metavar="NAME", show_default="train", help="Split of a hub dataset.")
+@click.option(
+    "--limit", type=click.IntRange(1), show_default="all", help="Use only the first rows of the dataset, this many."
+)
+@click.option("--text-column", metavar="NAME", show_default="text", help="Column of plain text.")
+@click.option("--prompt-column", metavar="NAME", show_default="prompt", help="Column of prompts (no loss on them).")
+@click.option("--completion-column", metavar="NAME", show_default="completion", help="Column of completions.")
+@click.option(
+    "--messages-column",
+    metavar="NAME",
+    show_default="messages",
+    help="Column of chat messages (loss on the assistant's tokens).",
+)
+@click.option(
+    "--append-eos/--no-append-eos", default=True, help="End texts and completions with the end-of-sequence token."
+)
+@click.option(
+    "--logprob-bits",
+    default="16",
+    type=click.Choice(["16", "32"]),
+    help="Bits of a stored top-N log-probability; gold and tail always have 32.",
+)
+@click.option(
+    "--shard-tokens", default=1 << 18, type=click.IntRange(2), help="Tokens per shard: what a kill can cost at most."
+)
+@click.option(
+    "--batch-tokens",
+    default=8192,
+    type=click.IntRange(2),
+    help="Tokens of one forward pass; lower it if memory runs out.",
+)
+@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of whatever is drawn at random.")
+@click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub teacher.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher.")
+@click.option("--processes", type=click.IntRange(1), show_default="all cores", help="Processes that tokenise.")
+@config_option()
+def command(**given: object) -> None:
+    """Run the teacher once over a corpus and keep what it believed about every token.
+
+    For each position: the log-probabilities of the top-N tokens and of the token that really came next, the mass of
+    all others, and the entropy, in compressed Parquet shards that any tool opens. Kill it at any moment and start the
+    same command again: it goes on where it stopped.
+
+    \b
+    Example:
+      pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
+      pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
+    """
+    from stages.caching import CacheOptions, prepare, run
+
+    names = ("text_column", "prompt_column", "completion_column", "messages_column")
+    columns = {name: given.pop(name) for name in names}
+    given["logprob_bits"] = int(str(given["logprob_bits"]))
+    prepared = prepare(CacheOptions(columns=columns, **given))  # type: ignore[arg-type]
+    _report_corpus(prepared.report)
+    total, waiting = len(prepared.manifest.shards), len(prepared.pending)
+    if waiting == total:
+        click.echo(f"{total} shards to score", err=True)
+    else:
+        click.echo(f"{total - waiting} of {total} shards are done already, {waiting} to score", err=True)
+    tokens = prepared.manifest.corpus.tokens
+    if prepared.pending:
+        click.echo("loading the teacher", err=True)
+        with Progress("caching", tokens, done_before=prepared.done_tokens) as progress:
+            cache, numbers = run(prepared, progress.advance)
+    else:
+        cache, numbers = run(prepared, lambda tokens: None)
+    from pipeline.reports import summary_rows
+
+    summary("cache", [("where", cache.path), *summary_rows(cache, numbers)])
+
+
+def _report_corpus(report: object) -> None:
+    """What became of the rows, on stderr; every kind of loss that occurred is named."""
+    from stages.corpus import CorpusReport
+
+    assert isinstance(report, CorpusReport)
+    click.echo(
+        f"corpus: {report.rows} rows, {report.sequences} sequences, {report.tokens} tokens, "
+        f"{report.trained_positions} of {report.scored_positions} positions with a loss",
+        err=True,
+    )
+    for count, what in [
+        (report.empty, "empty rows left out"),
+        (report.too_short, "rows of fewer than two tokens left out"),
+        (report.without_loss, "sequences with no token to train on left out"),
+        (report.cut, "rows cut at --max-length (--overlong split keeps the rest)"),
+        (report.split, "rows longer than --max-length split into several sequences"),
+    ]:
+        if count:
+            click.echo(f"corpus: {count} {what}", err=True)

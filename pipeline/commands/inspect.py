@@ -1,0 +1,99 @@
+"""`pipeline inspect`."""
+
+from __future__ import annotations
+
+import math
+
+import click
+
+from pipeline.progress import summary, table
+from pipeline.reports import summary_rows
+from storage.errors import UserError
+
+
+@click.command("inspect")
+@click.argument("directory", metavar="DIR", type=click.Path())
+@click.option("--sequence", default=0, type=click.IntRange(0), help="Sequence to look into, by its index.")
+@click.option(
+    "--position",
+    type=click.IntRange(0),
+    show_default="the middle one with a loss",
+    help="Scored position to show, by its index in the sequence.",
+)
+@click.option("--alternatives", default=8, type=click.IntRange(1), help="How many of the teacher's tokens to show.")
+def command(directory: str, sequence: int, position: int | None, alternatives: int) -> None:
+    """Show what a cache is and holds, and one position as text with the teacher's alternatives.
+
+    \b
+    Example:
+      pipeline inspect cache/
+      pipeline inspect cache/ --sequence 12 --position 40 --alternatives 20
+    """
+    import numpy as np
+
+    from stages.compatibility import cache_tokenizer
+    from stages.summary import summarize
+    from storage.cache import Cache
+
+    cache = Cache.open(directory)
+    manifest = cache.manifest
+    if sequence >= manifest.corpus.sequences:
+        raise UserError(f"--sequence {sequence}: this cache holds {manifest.corpus.sequences} sequences, from 0")
+    numbers = summarize(cache)
+    shard = next(i for i, planned in enumerate(manifest.shards) if sequence < planned.first + planned.sequences)
+    rows = cache.read_shard(shard)
+    row = sequence - manifest.shards[shard].first
+    ids, mask, counts = rows["input_ids"][row], rows["loss_mask"][row], rows["top_count"][row].astype(np.int64)
+    stored = np.flatnonzero(mask)
+    if position is None:
+        position = int(stored[len(stored) // 2])
+    if position >= len(mask):
+        raise UserError(f"--position {position}: sequence {sequence} has {len(mask)} scored positions, from 0")
+    tokenizer = cache_tokenizer(cache)
+
+    summary(
+        "cache",
+        [
+            *summary_rows(cache, numbers),
+            ("mean entropy", f"{numbers.mean_entropy:.4f} nats"),
+            ("max length", manifest.scoring.max_length),
+            ("data set", manifest.source.get("dataset", "unknown")),
+            ("corpus fingerprint", manifest.corpus.fingerprint),
+            ("columns", ", ".join(column.name for column in manifest.scoring.columns)),
+            ("made with", ", ".join(f"{name} {version}" for name, version in manifest.made_with.items())),
+        ],
+    )
+    gold = int(ids[position + 1])
+    gold_logprob = float(rows["gold_logprob"][row][position])
+    before = tokenizer.decode(ids[max(0, position - 40) : position + 1])
+    summary(
+        f"sequence {sequence}, position {position} of 0..{len(mask) - 1}",
+        [
+            ("text so far", f"...{before[-200:]}" if position > 40 or len(before) > 200 else before),
+            ("what came next", f"{tokenizer.decode([gold])!r} (id {gold})"),
+            ("p(gold)", f"{math.exp(gold_logprob):.6g}"),
+            ("UNC", f"{-math.expm1(gold_logprob):.6g}"),
+            ("entropy", f"{float(rows['entropy'][row][position]):.4f} nats"),
+            ("tail mass", f"{math.exp(float(rows['tail_logmass'][row][position])):.6g}"),
+        ],
+    )
+    if not mask[position]:
+        click.echo("this position has no loss, so its top-N is not stored")
+        return
+    start = int(counts[:position].sum())
+    shown = slice(start, start + min(alternatives, int(counts[position])))
+    table(
+        "the teacher's tokens",
+        ["rank", "token", "id", "probability"],
+        [
+            (
+                rank,
+                repr(tokenizer.decode([token])) + (" <- gold" if token == gold else ""),
+                token,
+                f"{math.exp(logprob):.6f}",
+            )
+            for rank, (token, logprob) in enumerate(
+                zip(rows["top_ids"][row][shown].tolist(), rows["top_logprobs"][row][shown].tolist(), strict=True), 1
+            )
+        ],
+    )

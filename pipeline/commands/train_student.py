@@ -1,0 +1,198 @@
+"""`pipeline train-student`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipeline.config_file import config_option, key_value_option
+from pipeline.progress import summary
+
+# Options that are fields of transformers.TrainingArguments under a name that is shorter to type.
+_SHORT = {
+    "learning_rate": "learning_rate",
+    "epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "schedule": "lr_scheduler_type",
+    "warmup_steps": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "bf16": "bf16",
+    "eval_steps": "eval_steps",
+    "save_steps": "save_steps",
+    "report_to": "report_to",
+}
+_OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize", "tail")
+
+
+@click.command("train-student")
+@click.option(
+    "--student",
+    required=True,
+    metavar="NAME_OR_DIR",
+    help="The student: a directory or a hub name; with --init-from-config also a config.json.",
+)
+@click.option(
+    "--shards",
+    required=True,
+    metavar="DIR",
+    type=click.Path(),
+    help="The cache: the --output of `pipeline cache-teacher`.",
+)
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR",
+    type=click.Path(),
+    help="Where checkpoints, the student and metrics.json go.",
+)
+@click.option(
+    "--init-from-config",
+    is_flag=True,
+    help="Start from random weights of the student's configuration; the tokenizer is the cache's.",
+)
+@click.option(
+    "--objective",
+    default="atkd",
+    type=click.Choice(["atkd", "kl", "tkd", "dkd", "tkd+dkd", "ce"]),
+    help="What to minimise; ce ignores the teacher.",
+)
+@click.option(
+    "--hard-ratio",
+    default=0.5,
+    type=click.FloatRange(0, 1),
+    help="atkd: share of the tokens, by the teacher's uncertainty, that is hard.",
+)
+@click.option(
+    "--easy-weight",
+    default=0.2,
+    type=click.FloatRange(0, 1),
+    help="atkd: lambda, the weight of the easy tokens' DKD; hard ones get the rest.",
+)
+@click.option(
+    "--ce-weight",
+    default=0.0,
+    type=click.FloatRange(0),
+    help="Weight of cross-entropy on gold, added to any objective.",
+)
+@click.option(
+    "--rank-scope",
+    default="micro-batch",
+    type=click.Choice(["micro-batch", "sequence", "corpus"]),
+    help="Among which tokens the uncertainty is ranked; micro-batch is the paper's code.",
+)
+@click.option(
+    "--normalize",
+    default="group",
+    type=click.Choice(["group", "token"]),
+    help="group: mean over each group's tokens of a micro-batch (the paper's code); token: sum over all tokens by the tokens of the step.",
+)
+@click.option(
+    "--tail",
+    default="bucket",
+    type=click.Choice(["bucket", "drop"]),
+    help="What stands for the teacher outside the kept tokens: one lump, or nothing.",
+)
+@click.option(
+    "--eval-share",
+    default=0.05,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the sequences held out and evaluated on.",
+)
+@click.option("--learning-rate", type=float, show_default="5e-5", help="Peak learning rate.")
+@click.option("--epochs", type=float, show_default="3", help="Passes over the training share.")
+@click.option("--max-steps", type=int, show_default="by epochs", help="Optimiser steps; beats --epochs.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), show_default="8", help="Sequences of one micro-batch on one device."
+)
+@click.option(
+    "--eval-batch-size",
+    type=click.IntRange(1),
+    show_default="8",
+    help="Sequences of one evaluation batch on one device.",
+)
+@click.option("--accumulate", type=click.IntRange(1), show_default="1", help="Micro-batches of one optimiser step.")
+@click.option(
+    "--schedule",
+    metavar="NAME",
+    show_default="linear",
+    help="Learning-rate schedule: linear, cosine, constant_with_warmup, ...",
+)
+@click.option("--warmup-steps", type=float, show_default="0", help="Steps of warm-up, or a share of all below 1.")
+@click.option("--weight-decay", type=float, show_default="0", help="AdamW's weight decay.")
+@click.option("--bf16/--no-bf16", default=None, show_default="no", help="Mixed precision in bfloat16.")
+@click.option(
+    "--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]), help="Precision of the student's weights."
+)
+@click.option("--eval-steps", type=click.IntRange(1), show_default="every epoch", help="Steps between evaluations.")
+@click.option("--save-steps", type=click.IntRange(1), show_default="500", help="Steps between checkpoints.")
+@click.option("--report-to", metavar="NAME", show_default="none", help="Where to log as well: tensorboard, wandb, ...")
+@click.option("--seed", default=42, type=click.IntRange(0), help="Seed of initial weights, shuffle and dropout.")
+@click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub student.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the student.")
+@key_value_option("--trainer", help="Any other field of transformers.TrainingArguments, e.g. optim=adafactor.")
+@config_option()
+def command(**given: Any) -> None:
+    """Train a student from a cache; the teacher is never loaded.
+
+    A held-out share of the cache is evaluated during and after the training: cross-entropy, KL to the teacher and
+    top-1 agreement with it, also apart for the tokens the teacher finds easy and hard. Start the same command again
+    after a kill: it goes on from the last checkpoint.
+
+    \b
+    Example:
+      pipeline train-student --student ./student --shards cache/ --output distilled/
+      pipeline train-student --student Qwen/Qwen3-0.6B --shards cache/ --output distilled/ \\
+          --objective atkd --epochs 2 --batch-size 4 --accumulate 8 --bf16 --trainer optim=adamw_torch_fused
+    """
+    from stages.objective import Objective
+    from stages.student import StudentOptions, prepare, train
+
+    trainer = dict(given.pop("trainer"))
+    for name, field in _SHORT.items():
+        value = given.pop(name)
+        if value is None:
+            continue
+        if field in trainer:
+            raise click.UsageError(f"--{name.replace('_', '-')} and --trainer {field} say the same; give one of them")
+        trainer[field] = value
+    objective = Objective(name=given.pop("objective"), **{name: given.pop(name) for name in _OBJECTIVE})
+    prepared = prepare(StudentOptions(objective=objective, trainer=trainer, **given))
+    if prepared.finished is not None:
+        click.echo(f"{prepared.options.output}: this run is finished already", err=True)
+        report = prepared.finished
+    else:
+        if prepared.checkpoint:
+            click.echo(f"going on from {prepared.checkpoint}", err=True)
+        from pipeline.training_progress import TrainingProgress
+
+        report = train(prepared, [TrainingProgress(prepared.train_tokens)])
+    summary("student", _rows(prepared.options.output, report))
+
+
+def _rows(output: str, report: dict[str, Any]) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        ("where", output),
+        ("objective", report["objective"]["name"]),
+        ("steps", report["steps"]),
+        ("tokens/s", f"{report['train_tokens_per_second']:,.0f}"),
+    ]
+    for measure, label in [
+        ("cross_entropy", "held-out cross-entropy (nats)"),
+        ("kl", "held-out KL to the teacher (nats)"),
+        ("agreement", "held-out top-1 agreement"),
+    ]:
+        name = f"eval_{measure}"
+        if name in report:
+            parts = "".join(
+                f", {group} {report[f'{name}_{group}']:.4f}"
+                for group in ("easy", "hard")
+                if f"{name}_{group}" in report
+            )
+            rows.append((label, f"{report[name]:.4f}{parts}"))
+    if "eval_teacher_cross_entropy" in report:
+        rows.append(("the teacher's own cross-entropy", f"{report['eval_teacher_cross_entropy']:.4f}"))
+    return rows

@@ -1,0 +1,36 @@
+"""`pipeline verify`."""
+
+from __future__ import annotations
+
+import click
+
+from pipeline.progress import Progress, printable
+from storage.errors import RunError
+
+
+@click.command("verify")
+@click.argument("directory", metavar="DIR", type=click.Path())
+def command(directory: str) -> None:
+    """Recompute every checksum and invariant of a cache, and name each bad file and row.
+
+    Checked: bytes against receipts, row counts and lengths, L-1 scored positions for L ids, ids in range, descending
+    order, gold's own entry against its log-probability (the sign of a shift by one), probabilities that sum to 1.
+    Exit code 1 if anything is wrong.
+
+    \b
+    Example:
+      pipeline verify cache/
+    """
+    from storage import integrity
+    from storage.cache import Cache
+
+    cache = Cache.open(directory)
+    shards = cache.manifest.shards
+    found = 0
+    with Progress("verifying", cache.manifest.corpus.tokens) as progress:
+        for problem in integrity.problems(cache, lambda shard: progress.advance(shards[shard].tokens)):
+            found += 1
+            click.echo(printable(problem))
+    if found:
+        raise RunError(f"{directory}: {found} problem{'s' * (found > 1)} in this cache")
+    click.echo(f"{directory}: {len(shards)} shards, {cache.manifest.corpus.tokens} tokens, all sound")

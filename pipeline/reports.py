@@ -1,0 +1,35 @@
+"""Lines that several commands show about a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.numbers import format_bytes
+
+if TYPE_CHECKING:
+    from stages.summary import Summary
+    from storage.cache import Cache
+
+
+def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
+    """Name and value of what describes a cache, for `pipeline.progress.summary`."""
+    from stages.summary import QUANTILES
+
+    manifest, scoring = cache.manifest, cache.manifest.scoring
+    quantiles = ", ".join(f"{q:.0%} {value:.3g}" for q, value in zip(QUANTILES, numbers.unc_quantiles, strict=True))
+    rows: list[tuple[str, object]] = [
+        ("cache id", manifest.cache_id),
+        ("teacher", f"{manifest.teacher.name} ({manifest.teacher.architecture}, {scoring.dtype}, {scoring.engine})"),
+        ("sequences", f"{numbers.sequences:,}"),
+        ("tokens", f"{numbers.tokens:,}"),
+        ("positions with a loss", f"{numbers.stored_positions:,}"),
+        ("shards", f"{numbers.shards:,}"),
+        ("top-N", f"{scoring.top_n} of {manifest.vocabulary_size:,}"),
+        ("size", format_bytes(numbers.bytes)),
+        ("bytes per token", f"{numbers.bytes_per_token:.1f}"),
+        ("mean tail mass", f"{numbers.mean_tail_mass:.4g}"),
+        ("mean UNC", f"{numbers.mean_unc:.4g}"),
+        ("UNC quantiles", quantiles),
+        ("teacher's cross-entropy", f"{numbers.teacher_cross_entropy:.4f} nats"),
+    ]
+    return rows

@@ -1,0 +1,286 @@
+"""Stage one, `pipeline cache-teacher`: from options to a sealed cache.
+
+`prepare` answers everything that can be refused before a weight is read; `run` loads the teacher and works off the
+pending shards. A shard is written by a thread of its own while the teacher already scores the next one; at most one is waiting, so
+memory holds two shards and never more.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.card import card
+from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
+from stages.identity import teacher_identity, tokenizer_identity
+from stages.pretrained import load_config, load_tokenizer
+from stages.statistics import StatisticsOptions
+from stages.summary import Summary, summarize
+from stages.teacher import Scored, ScoredSequence, Teacher
+from storage import schema
+from storage.cache import Cache
+from storage.errors import RunError, UserError
+from storage.files import sync_directory
+from storage.manifest import CorpusIdentity, Manifest, ScoringOptions
+from storage.plan import plan_shards
+from storage.rows import Ragged, Rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEFAULT_MAX_LENGTH = 2048
+DEFAULT_SHARD_TOKENS = 1 << 18
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What to cache, with whom, how much of it. Lengths in tokens; `max_length` None: 2048 or the teacher's context.
+
+    batch_tokens: tokens of one forward pass of the embedded teacher, padding included.
+    """
+
+    teacher: str
+    dataset: str
+    output: str
+    top_n: int = 64
+    engine: str = "transformers"
+    dtype: str = "auto"
+    max_length: int | None = None
+    overlong: str = "cut"
+    logprob_bits: int = 16
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    batch_tokens: int = 8192
+    seed: int = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+    columns: dict[str, str | None] = field(default_factory=dict)
+    append_eos: bool = True
+    split: str | None = None
+    limit: int | None = None
+    processes: int | None = None
+
+    def statistics(self) -> StatisticsOptions:
+        return StatisticsOptions(self.top_n, seed=self.seed)
+
+
+@dataclass
+class PreparedCache:
+    """A cache that is claimed in nobody's name yet: the manifest stands, nothing is written."""
+
+    options: CacheOptions
+    manifest: Manifest
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    pending: list[int]
+
+    @property
+    def report(self) -> CorpusReport:
+        return self.corpus.report
+
+    @property
+    def done_tokens(self) -> int:
+        waiting = set(self.pending)
+        return sum(shard.tokens for index, shard in enumerate(self.manifest.shards) if index not in waiting)
+
+
+def prepare(options: CacheOptions) -> PreparedCache:
+    """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
+    Cache.check_target(options.output)
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = load_config(options.teacher, **source)
+    vocabulary = int(config.get_text_config().vocab_size)
+    if options.top_n > vocabulary:
+        raise UserError(f"--top-n {options.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
+    max_length = _max_length(options, config)
+    identity = teacher_identity(options.teacher, config)
+    tokenizer = load_tokenizer(options.teacher, **source)
+    corpus = build_corpus(
+        options.dataset,
+        tokenizer,
+        CorpusOptions(
+            max_length=max_length,
+            overlong=options.overlong,  # type: ignore[arg-type]
+            append_eos=options.append_eos,
+            split=options.split,
+            limit=options.limit,
+            processes=options.processes,
+            **options.columns,
+        ),
+    )
+    manifest = Manifest(
+        teacher=identity,
+        tokenizer=tokenizer_identity(tokenizer),
+        vocabulary_size=vocabulary,
+        corpus=CorpusIdentity(
+            fingerprint=corpus.fingerprint, sequences=len(corpus), tokens=int(corpus.lengths.sum(dtype=np.int64))
+        ),
+        scoring=ScoringOptions(
+            engine=options.engine,
+            dtype=resolve_dtype(options.dtype, config),
+            top_n=options.top_n,
+            logprob_bits=options.logprob_bits,
+            seed=options.seed,
+            max_length=max_length,
+        ),
+        shards=plan_shards(corpus.lengths, options.shard_tokens),
+        # A path says more about the machine than about the data; its last part is enough to recognise it.
+        source={"dataset": Path(options.dataset).name if os.path.exists(options.dataset) else options.dataset},
+        made_with=_versions(),
+    )
+    cache = Cache.resume(options.output, manifest)
+    pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
+    return PreparedCache(options, manifest, corpus, tokenizer, pending)
+
+
+def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
+    """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on."""
+    cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
+    _copy_tokenizer(prepared.tokenizer, cache.tokenizer_path)
+    if prepared.pending:
+        teacher = load_teacher(prepared)
+        try:
+            cache_shards(cache, prepared.corpus, teacher, prepared.pending, progress)
+        finally:
+            teacher.close()
+    summary = summarize(cache)
+    if prepared.pending or not cache.is_sealed:
+        cache.seal(card(cache, summary))
+    return cache, summary
+
+
+def load_teacher(prepared: PreparedCache) -> Teacher:
+    """The engine that the manifest names. Raises UserError where it cannot serve this teacher."""
+    from stages.teacher_transformers import TransformersTeacher
+
+    options = prepared.options
+    teacher = TransformersTeacher(
+        options.teacher,
+        options.statistics(),
+        dtype=prepared.manifest.scoring.dtype,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        batch_tokens=options.batch_tokens,
+    )
+    if teacher.vocabulary_size != prepared.manifest.vocabulary_size:
+        raise RunError(
+            f"{options.teacher}: its head gives {teacher.vocabulary_size} logits, its configuration says "
+            f"{prepared.manifest.vocabulary_size}; correct vocab_size in its config.json"
+        )
+    return teacher
+
+
+def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
+    """`auto` is float32 on a CPU and the checkpoint's own precision on an accelerator; it stands in the manifest."""
+    import torch
+
+    from stages.teacher_transformers import default_device
+
+    if dtype != "auto":
+        return dtype
+    if default_device().type == "cpu":
+        return "float32"
+    own = getattr(config, "dtype", None) or torch.bfloat16
+    return str(own).removeprefix("torch.")
+
+
+def _max_length(options: CacheOptions, config: PretrainedConfig) -> int:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if options.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, context) if context else DEFAULT_MAX_LENGTH
+    if context and options.max_length > context:
+        raise UserError(f"--max-length {options.max_length}: the teacher reads at most {context} tokens")
+    return options.max_length
+
+
+def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """The tokenizer's files appear together or not at all."""
+    if target.exists():
+        return
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    tokenizer.save_pretrained(temporary)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        # Another process was first, with the same tokenizer.
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not target.exists():
+            raise
+    sync_directory(target.parent)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str] = {}
+    for name in ("teacher-logit-cache", "torch", "transformers", "pyarrow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def pending_shards(cache: Cache) -> list[int]:
+    """Shards that are not there, or not whole; a damaged one is made again."""
+    return [index for index in range(len(cache.manifest.shards)) if not cache.is_done(index)]
+
+
+def cache_shards(
+    cache: Cache, corpus: Corpus, teacher: Teacher, pending: list[int], progress: Callable[[int], None]
+) -> None:
+    """Score and write the `pending` shards. `progress` gets tokens as they are scored.
+
+    Raises RunError from the teacher and OSError from the disk; what is finished by then stays.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+        waiting: Future[None] | None = None
+        for index in pending:
+            planned = cache.manifest.shards[index]
+            started = time.monotonic()
+            scored = teacher.score(corpus.read(planned.first, planned.first + planned.sequences), progress)
+            seconds = time.monotonic() - started
+            if waiting is not None:
+                waiting.result()
+            waiting = writer.submit(_write, cache, index, scored, seconds)
+        if waiting is not None:
+            waiting.result()
+
+
+def _write(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
+    rows = rows_from_scored(scored.sequences, cache.manifest.scoring)
+    cache.write_shard(index, rows, scored.tail_prior_sum, seconds)
+
+
+def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -> Rows:
+    """The rows of a shard: statistics in float32 become the columns of the format."""
+    lists = {
+        "input_ids": [s.sequence.input_ids for s in sequences],
+        "loss_mask": [s.sequence.loss_mask for s in sequences],
+        "gold_logprob": [s.gold_logprob for s in sequences],
+        "tail_logmass": [s.tail_logmass for s in sequences],
+        "entropy": [s.entropy for s in sequences],
+        "top_count": [np.where(s.sequence.loss_mask, s.top_ids.shape[1], 0) for s in sequences],
+        "top_ids": [s.top_ids.ravel() for s in sequences],
+        "top_logprobs": [s.top_logprobs.ravel() for s in sequences],
+        "tail_samples": [s.tail_samples.ravel() for s in sequences],
+    }
+    for column, temperature in enumerate(scoring.temperatures):
+        name = schema.temperature_column(temperature).name
+        lists[name] = [s.tail_logmass_at[:, column] for s in sequences]
+    return Rows(
+        np.array([s.sequence.sequence_id for s in sequences], np.int64),
+        {
+            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            for column in scoring.columns
+            if column.is_list
+        },
+    )

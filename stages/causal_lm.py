@@ -1,0 +1,77 @@
+"""A transformers causal LM cut in two: the body, which gives hidden states, and the head, which gives logits.
+
+Between body and logits a model may cap, scale or bias (Gemma, Cohere, Granite). All of that lives in its own
+`forward`, so the head here *is* that forward: a shallow copy of the model whose body hands through the hidden
+states it is given. Nothing about any architecture is written down, and the cut is checked against the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class _HandThrough(nn.Module):
+    """Stands where the body was and returns the hidden states it is given as embeddings."""
+
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+class BodyAndHead:
+    """`body(input_ids [B, L]) -> [B, L, H]` and `head(hidden [R, H]) -> logits [R, V]` of one model.
+
+    The head shares the model's parameters (gradients reach them) unless `fp32_head`, which gives it a float32 copy of
+    a half-precision output layer: bf16 logits tie so often that the order inside a top-N is lost.
+    Raises UserError where the model cannot be cut this way.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, fp32_head: bool = False) -> None:
+        prefix = model.base_model_prefix
+        if prefix not in model._modules or model.get_output_embeddings() is None:
+            raise UserError(
+                f"{type(model).__name__} has no separate body and output layer; score it with --engine vllm"
+            )
+        self._body = model._modules[prefix]
+        self._head = copy.copy(model)
+        self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough()}
+        output = model.get_output_embeddings()
+        self._head_dtype = output.weight.dtype
+        if fp32_head and self._head_dtype in (torch.float16, torch.bfloat16):
+            (name,) = [key for key, module in model._modules.items() if module is output] or [None]
+            if name is None:
+                raise UserError(f"{type(model).__name__} keeps its output layer inside; score it with --engine vllm")
+            self._head._modules[name] = copy.deepcopy(output).float()
+            self._head_dtype = torch.float32
+
+    def body(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[B, L, H]`. Right padding needs no mask: attention is causal."""
+        return self._body(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[R, V]` of hidden states `[R, H]`."""
+        return self._head(inputs_embeds=hidden[None].to(self._head_dtype), use_cache=False).logits[0]
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel, vocabulary_size: int) -> None:
+        """Raises UserError unless body and head together say what the whole model says on a few tokens."""
+        device = next(model.parameters()).device
+        ids = (torch.arange(8, device=device)[None] * 7919) % vocabulary_size
+        whole = model(input_ids=ids, use_cache=False).logits[0].float()
+        cut = self.head(self.body(ids)[0]).float()
+        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        tolerance = (5e-2 if half else 1e-4) * max(1.0, whole.abs().max().item())
+        if cut.shape != whole.shape or (cut - whole).abs().max().item() > tolerance:
+            raise UserError(
+                f"{type(model).__name__} computes its logits in a way this engine does not follow; use --engine vllm"
+            )

@@ -1,0 +1,52 @@
+"""What a student is measured by, on held-out sequences of the cache: no teacher is needed for it.
+
+Per token and averaged over all, the easy and the hard ones: cross-entropy on gold, KL to the teacher (on the kept set
+with the tail as one lump, a lower bound that is exact where the tail is empty), and how often the student's most
+probable token is the teacher's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stages.divergence import TeacherRows, divergences, teacher_terms
+
+GROUPS = ("all", "easy", "hard")
+MEASURES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy")
+
+
+@torch.no_grad()
+def sums_by_sequence(
+    logits: torch.Tensor, rows: TeacherRows, is_hard: torch.Tensor, sequence_of: torch.Tensor, sequences: int
+) -> torch.Tensor:
+    """float64 `[sequences, 3, 1 + 4]`: tokens and the sums of MEASURES over each group of GROUPS.
+
+    logits `[R, V]`, is_hard bool `[R]`, sequence_of int64 `[R]`. Sums and not means, so that batches, and the copies
+    a distributed loader pads with, can be put together exactly.
+    """
+    teacher = teacher_terms(rows, "bucket")
+    terms = divergences(logits, rows, teacher)
+    values = torch.stack(
+        [
+            torch.ones_like(terms.ce),
+            terms.ce,
+            terms.tkd + teacher.unc * terms.dkd,
+            (logits.argmax(1) == rows.top_ids[:, 0]).to(terms.ce),
+            -rows.gold_logprob.to(terms.ce),
+        ],
+        1,
+    ).to("cpu", torch.float64)
+    hard = is_hard.cpu()
+    grouped = torch.stack([values, values * ~hard[:, None], values * hard[:, None]], 1)
+    return torch.zeros((sequences, *grouped.shape[1:]), dtype=torch.float64).index_add_(0, sequence_of.cpu(), grouped)
+
+
+def metrics(sums: torch.Tensor, prefix: str) -> dict[str, float]:
+    """Means from summed sums `[3, 1 + 4]`: `prefix_kl`, `prefix_kl_easy`, ... and `prefix_tokens`. Empty groups: absent."""
+    result: dict[str, float] = {f"{prefix}_tokens": int(sums[0, 0])}
+    for group, values in zip(GROUPS, sums.tolist(), strict=True):
+        suffix = "" if group == "all" else f"_{group}"
+        if values[0]:
+            for measure, total in zip(MEASURES, values[1:], strict=True):
+                result[f"{prefix}_{measure}{suffix}"] = total / values[0]
+    return result

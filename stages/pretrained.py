@@ -1,0 +1,77 @@
+"""Loading models, configs and tokenizers by directory or hub name, with errors a person can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def _explain(name: str, what: str, error: Exception) -> UserError:
+    if Path(name).exists():
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return UserError(f"{name}: no {what} can be loaded from this directory ({reason[:200]})")
+    return UserError(
+        f"{name}: no such directory, and no {what} of that name could be had from the hub "
+        "(check the spelling, the network and, for gated models, `hf auth login`)"
+    )
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Raises UserError where there is none, or it needs code that may not run."""
+    from transformers import AutoConfig
+
+    _refuse_path_to_nothing(name, "model configuration")
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(name, "model configuration", error) from None
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    _refuse_path_to_nothing(name, "tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001 - the tokenizer loaders raise whatever their parsers raise
+        raise _explain(name, "tokenizer", error) from None
+
+
+def load_causal_lm(
+    name: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Raises UserError where the weights are missing, damaged or not a causal LM's."""
+    from transformers import AutoModelForCausalLM
+
+    _refuse_path_to_nothing(name, "causal language model")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # noqa: BLE001 - safetensors, zip, JSON and config errors all mean the same here
+        raise _explain(name, "causal language model", error) from None
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and only warn.
+        raise UserError(f"{name}: weights are missing for {', '.join(missing[:3])} ({len(missing)} in all)")
+    return model
+
+
+def _refuse_path_to_nothing(name: str, what: str) -> None:
+    """A name that can only be a path is answered at once, without asking the hub."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path and not Path(name).exists():
+        raise UserError(f"{name}: no such directory to load a {what} from")

@@ -1,0 +1,155 @@
+"""What is kept of the teacher's distribution at a position, computed from its logits.
+
+Everything comes from one pass over a slice of rows `[C, V]`, in fp32 and without cancellation:
+
+- logits are centred on their maximum before `exp`, so the entropy keeps its digits;
+- the tail mass is the sum of what is left after the kept set is zeroed, never `1 - sum(top)`: in fp32
+  the difference is wrong by more than itself once the tail is under 1e-6;
+- `log p(gold) = -softplus(log nongold - z_gold)`, so a teacher that is sure to 1 - 1e-9 still has a UNC
+  of 1e-9 instead of 0, and its tokens still rank.
+
+A tail below e^-87 of the most probable token underflows fp32 and reads as empty (-inf).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Logits of padded vocabulary ids may be -inf; a finite floor keeps 0 * -inf out of the entropy.
+_FLOOR = -1.0e4
+# Ids per block of the two-level search that draws tail samples.
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """What to keep at each scored position.
+
+    top_n: how many of the most probable ids, 1..V.
+    temperatures: for each T, `log sum_{j not in K} p_j^(1/T)` is computed as well (T = 1 is always there).
+    tail_samples: ids drawn from the tail with replacement, in proportion to p; 0 for none.
+    seed: of the tail samples.
+    """
+
+    top_n: int
+    temperatures: tuple[float, ...] = ()
+    tail_samples: int = 0
+    seed: int = 0
+
+
+@dataclass
+class RowStatistics:
+    """Statistics of C rows; tensors on the device of the logits, log-probabilities in nats."""
+
+    gold_logprob: torch.Tensor  # float32 [C]
+    tail_logmass: torch.Tensor  # float32 [C], -inf where the tail is empty
+    entropy: torch.Tensor  # float32 [C]
+    top_ids: torch.Tensor  # int64 [C, N], by descending log-probability
+    top_logprobs: torch.Tensor  # float32 [C, N]
+    tail_logmass_at: torch.Tensor  # float32 [C, len(temperatures)]
+    tail_samples: torch.Tensor  # int64 [C, M]; -1 where the tail is empty
+
+
+def rows_per_slice(vocabulary_size: int, budget_bytes: int = 64 << 20) -> int:
+    """How many rows of fp32 logits fit `budget_bytes`; the peak is about three times that."""
+    return max(1, min(4096, budget_bytes // (4 * vocabulary_size)))
+
+
+def sample_uniforms(input_ids: np.ndarray, options: StatisticsOptions) -> np.ndarray:
+    """float64 `[L-1, M]` in [0, 1): the random numbers behind the tail samples of one sequence.
+
+    They depend on the seed and on the token ids alone, so a replay draws the same samples whatever the
+    batch, the engine, the worker or the order.
+    """
+    digest = hashlib.blake2b(np.ascontiguousarray(input_ids, dtype="<i4").tobytes(), digest_size=8).digest()
+    key = np.array([options.seed, int.from_bytes(digest, "little")], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random((len(input_ids) - 1, options.tail_samples))
+
+
+@torch.no_grad()
+def row_statistics(
+    logits: torch.Tensor,
+    gold: torch.Tensor,
+    options: StatisticsOptions,
+    *,
+    uniforms: torch.Tensor | None = None,
+    prior_sum: torch.Tensor | None = None,
+    prior_rows: torch.Tensor | None = None,
+) -> RowStatistics:
+    """Statistics of each row of `logits`.
+
+    logits: `[C, V]`, any float dtype; fp32 logits are overwritten (they are the caller's last use).
+    gold: int64 `[C]`, the token that really came next.
+    uniforms: float64 `[C, M]` in [0, 1), needed when `options.tail_samples` is set.
+    prior_sum: float64 `[V]`, to which the tail distribution of the rows in `prior_rows` (bool `[C]`, all
+        when None) is added: `sum_t p_t(j) [j not in K_t]`.
+    """
+    x = logits.float()
+    top, top_ids = x.topk(options.top_n, dim=1)
+    peak = top[:, :1]
+    gold_column = gold[:, None]
+    gold_x = x.gather(1, gold_column) - peak
+    x.sub_(peak).clamp_(min=_FLOOR)
+    top_x = (top - peak).clamp_(min=_FLOOR)
+    e = x.exp()
+    weighted = torch.linalg.vecdot(x, e)
+
+    top_is_gold = top_ids == gold_column
+    top_e = e.gather(1, top_ids)
+    gold_e = e.gather(1, gold_column).squeeze(1)
+    tail_e = e.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
+    tail = tail_e.sum(1)
+    nongold = tail + top_e.masked_fill(top_is_gold, 0.0).sum(1)
+    log_z = (nongold + gold_e).log()
+    # + 0.0 turns the -0.0 of a certain gold into 0.0.
+    gold_logprob = -torch.nn.functional.softplus(nongold.log() - gold_x.squeeze(1)) + 0.0
+    top_logprobs = torch.where(top_is_gold, gold_logprob[:, None], top_x - log_z[:, None])
+
+    if prior_sum is not None:
+        weights = (-log_z).exp()
+        if prior_rows is not None:
+            weights = weights * prior_rows
+        prior_sum += (weights @ tail_e).to(prior_sum)
+
+    at = [((x / t).exp_().masked_fill_(tail_e == 0, 0.0).sum(1).log() - log_z / t) for t in options.temperatures]
+    if options.tail_samples:
+        if uniforms is None:
+            raise ValueError("tail samples need uniforms")
+        samples = _draw(tail_e, uniforms.to(tail_e.device))
+    else:
+        samples = top_ids.new_empty((len(gold), 0))
+    return RowStatistics(
+        gold_logprob=gold_logprob,
+        tail_logmass=tail.log() - log_z,
+        entropy=(log_z - weighted / log_z.exp()).clamp_(min=0.0),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        tail_logmass_at=torch.stack(at, 1) if at else x.new_empty((len(gold), 0)),
+        tail_samples=samples,
+    )
+
+
+def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Ids `[C, M]` with probability proportional to `weights [C, V]`, by inverting the cumulative sum.
+
+    Two levels, blocks then ids, because a float32 cumulative sum over a whole vocabulary has lost the
+    small entries by its end and a float64 one over `[C, V]` costs eight times the traffic.
+    """
+    rows, vocabulary = weights.shape
+    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    block_sums = blocks.sum(2, dtype=torch.float64)
+    cumulative = block_sums.cumsum(1)
+    total = cumulative[:, -1:]
+    target = uniforms.to(torch.float64) * total
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = (cumulative - block_sums).gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).double().cumsum(2)
+    # The remainder is kept inside the block's own sum, and a draw never lands on an id of weight zero.
+    remainder = torch.minimum((target - before).clamp_(min=0.0), inside[:, :, -1].nextafter(target.new_zeros(())))
+    within = torch.searchsorted(inside, remainder[:, :, None], right=True).squeeze(2)
+    ids = block * _BLOCK + within.clamp_(max=_BLOCK - 1)
+    return torch.where(total > 0, ids, -1)

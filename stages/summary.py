@@ -1,0 +1,58 @@
+"""The numbers that describe a whole cache: what the end of `cache-teacher`, `inspect` and the card show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.cache import Cache
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """bytes_per_token counts the shards alone. Means are over stored positions, probabilities not logs."""
+
+    sequences: int
+    tokens: int
+    stored_positions: int
+    shards: int
+    bytes: int
+    mean_tail_mass: float
+    mean_unc: float
+    unc_quantiles: tuple[float, ...]
+    teacher_cross_entropy: float
+    mean_entropy: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+
+def summarize(cache: Cache) -> Summary:
+    """Reads the receipts and two columns. Raises CacheError for an unfinished or damaged cache."""
+    receipts = cache.receipts()
+    gold: list[np.ndarray] = []
+    entropy = 0.0
+    for rows in cache.column("loss_mask", "gold_logprob", "entropy"):
+        mask = rows["loss_mask"].values
+        gold.append(rows["gold_logprob"].values[mask])
+        entropy += float(rows["entropy"].values[mask].sum(dtype=np.float64))
+    gold_logprob = np.concatenate(gold)
+    stored = max(1, len(gold_logprob))
+    # Quantiles of UNC = 1 - p(gold), taken on the log where float32 keeps the digits of a sure teacher.
+    logs = np.quantile(gold_logprob, [1 - q for q in QUANTILES]) if len(gold_logprob) else np.zeros(len(QUANTILES))
+    return Summary(
+        sequences=cache.manifest.corpus.sequences,
+        tokens=cache.manifest.corpus.tokens,
+        stored_positions=len(gold_logprob),
+        shards=len(receipts),
+        bytes=sum(receipt.bytes for receipt in receipts),
+        mean_tail_mass=sum(receipt.sum_tail_mass for receipt in receipts) / stored,
+        mean_unc=sum(receipt.sum_unc for receipt in receipts) / stored,
+        unc_quantiles=tuple(float(-np.expm1(value)) for value in logs),
+        teacher_cross_entropy=float(-gold_logprob.mean(dtype=np.float64)) if len(gold_logprob) else 0.0,
+        mean_entropy=entropy / stored,
+    )

@@ -1,0 +1,70 @@
+"""What every teacher is to the rest of the code: something that scores token sequences.
+
+Three implementations, and nobody else asks which one it has: `teacher_transformers` (the embedded default),
+`teacher_vllm` (in process) and `teacher_server` (a vLLM server that already runs).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stages.corpus import Sequence as TokenSequence
+
+
+@dataclass
+class ScoredSequence:
+    """The teacher's statistics of one sequence of L ids; P of its L-1 scored positions have the loss mask set.
+
+    Position t is the distribution after `input_ids[:t+1]`; its gold token is `input_ids[t+1]`.
+    All log-probabilities in nats at temperature 1, except `tail_logmass_at`.
+    """
+
+    sequence: TokenSequence
+    gold_logprob: np.ndarray  # float32 [L-1]
+    tail_logmass: np.ndarray  # float32 [L-1]
+    entropy: np.ndarray  # float32 [L-1]
+    top_ids: np.ndarray  # int32 [P, N], by descending log-probability
+    top_logprobs: np.ndarray  # float32 [P, N]
+    tail_logmass_at: np.ndarray  # float32 [L-1, len(temperatures)]
+    tail_samples: np.ndarray  # int32 [P, M]
+
+
+@dataclass
+class Scored:
+    """What a teacher gives back for one shard: its sequences in the order given, and their summed tail."""
+
+    sequences: list[ScoredSequence]
+    tail_prior_sum: np.ndarray | None  # float64 [V]: sum over the P stored positions; None where the engine cannot
+    stored_positions: int
+
+
+@dataclass(frozen=True)
+class EngineDescription:
+    """Which engine scored, for the manifest. `name` is part of a cache's identity, the versions are not."""
+
+    name: str
+    dtype: str
+    reason: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Teacher(ABC):
+    """A loaded teacher. `vocabulary_size` is V, the width of its logits (padding of the head included)."""
+
+    vocabulary_size: int
+    description: EngineDescription
+
+    @abstractmethod
+    def score(self, sequences: Sequence[TokenSequence], progress: Callable[[int], None]) -> Scored:
+        """Score one shard. `progress` is called with the number of tokens finished since the last call.
+
+        Deterministic: the same sequences in the same order give the same numbers on the same machine.
+        Raises RunError (out of memory, non-finite logits, a dead engine).
+        """
+
+    def close(self) -> None:  # noqa: B027 - most teachers hold nothing to give back
+        """Free the accelerator and end any process of the engine."""

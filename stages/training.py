@@ -1,0 +1,119 @@
+"""Stage two: a student is trained from the shards, on `transformers.Trainer`, and the teacher is never loaded."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from stages import evaluation
+from stages.divergence import divergences, teacher_terms
+from stages.objective import Objective, coefficients, weighted_sum
+from stages.shard_dataset import Collator, WindowShuffle, teacher_rows
+
+
+class DistillationTrainer(Trainer):
+    """Trainer whose loss is the objective's weighted sum and whose evaluation compares with the cached teacher.
+
+    Trainer scales losses in one of two ways; `loss_is_scaled_for_ga` says which one ours needs, so that nothing is
+    divided twice: `group` losses are means over a micro-batch (Trainer averages them over the accumulated ones),
+    `token` losses are divided here by the tokens of the whole step, over micro-batches and devices.
+    """
+
+    def __init__(self, *args: Any, objective: Objective, eval_collator: Collator | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+        self._eval_collator = eval_collator
+        self.loss_is_scaled_for_ga = objective.normalize == "token"
+        self.trained_positions = 0
+        self.evaluation_seconds = 0.0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch (see Collator for `inputs`). num_items_in_batch: tokens of the whole step."""
+        rows = teacher_rows(inputs)
+        self.trained_positions += len(rows)
+        teacher = teacher_terms(rows, self.objective.tail)
+        weights = coefficients(self.objective, teacher.unc, inputs["is_hard"], num_items_in_batch)
+        logits = student_logits(model, inputs)
+        loss = weighted_sum(divergences(logits, rows, teacher), weights)
+        if self.objective.normalize == "token" and num_items_in_batch is not None:
+            # Gradients are averaged over devices, the tokens were counted over all of them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(tokens, reduction="sum")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return WindowShuffle(train_dataset if train_dataset is not None else self.train_dataset, self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        loader = DataLoader(
+            self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self._eval_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Our measures in place of Trainer's gathered logits, which would be `[tokens, vocabulary]` in memory."""
+        started = time.monotonic()
+        model = self._wrap_model(self.model, training=False)
+        if not self.accelerator._models and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        total = torch.zeros((len(evaluation.GROUPS), 1 + len(evaluation.MEASURES)), dtype=torch.float64)
+        sequences = 0
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+                logits = student_logits(model, inputs)
+            sums = evaluation.sums_by_sequence(
+                logits, teacher_rows(inputs), inputs["is_hard"], inputs["sequence_of"], len(inputs["input_ids"])
+            )
+            # Drops the sequences that the loader repeated to give every device the same number.
+            gathered = self.accelerator.gather_for_metrics(sums.to(self.args.device, _gatherable(self.args.device)))
+            total += gathered.cpu().double().sum(0)
+            sequences += len(gathered)
+        metrics = evaluation.metrics(total, metric_key_prefix)
+        # What `metric_for_best_model` and early stopping look at by default.
+        metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
+        self.evaluation_seconds += time.monotonic() - started
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)
+
+
+def student_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits `[R, V]` at the stored positions. Right padding needs no mask: attention is causal."""
+    logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+    return logits.flatten(0, 1)[inputs["rows"]]
+
+
+def _gatherable(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,114 @@
+"""Files that are either whole or absent.
+
+A file is written under a temporary name, flushed to the disk, renamed, and the folder is flushed too, so that
+neither a killed process nor a power cut leaves half a file under a final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+_TEMPORARY = ".tmp-"
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+# A writer on another machine that has not touched its file for a day is taken for dead.
+_ABANDONED_SECONDS = 86_400
+
+
+class HashingFile(io.RawIOBase):
+    """A writable file that knows the sha256 and the length of what went through it."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._raw.write(view)
+        self._digest.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self.size
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside `path` durable (a no-op where folders cannot be opened, as on Windows)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[HashingFile]:
+    """A file that appears at `path`, complete and durable, only if the block ends without an exception."""
+    temporary = path.with_name(f"{_TEMPORARY}{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
+    try:
+        with open(temporary, "xb") as raw:
+            hashing = HashingFile(raw)
+            yield hashing
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what killed writers left behind, never the file of a writer that may still be at work."""
+    for path in directory.glob(f"{_TEMPORARY}*"):
+        with suppress(OSError, ValueError):
+            host, pid = path.name.removeprefix(_TEMPORARY).split(".")[:2]
+            dead = host == _HOST and not _is_running(int(pid))
+            if dead or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,52 @@
+"""Whether a cache is whole and says only what can be true: `pipeline verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from storage.cache import Cache
+from storage.errors import CacheError
+from storage.shard import value_problems
+
+
+def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None) -> Iterator[str]:
+    """Every broken checksum and invariant, one sentence each with file and row; nothing when all is well."""
+    prior_expected = True
+    tail_mass, stored = 0.0, 0
+    for index in range(len(cache.manifest.shards)):
+        try:
+            receipt = cache.check_file(index)
+            rows = cache.read_shard(index)
+        except CacheError as error:
+            yield str(error)
+            progress(index)
+            continue
+        prior_expected &= receipt.tail_prior_sha256 is not None
+        tail_mass += receipt.sum_tail_mass
+        stored += receipt.stored_positions
+        path = cache.shard_path(index)
+        for problem in value_problems(rows, cache.manifest):
+            yield f"{path}: {problem}"
+        found = (len(rows), rows.tokens, int(rows["loss_mask"].values.sum()), len(rows["top_ids"].values))
+        said = (receipt.rows, receipt.tokens, receipt.stored_positions, receipt.entries)
+        if found != said:
+            yield f"{cache.receipt_path(index)}: says rows, tokens, positions, entries {said}, the shard has {found}"
+        progress(index)
+    known = {cache.shard_path(i).name for i in range(len(cache.manifest.shards))}
+    for path in sorted((cache.path / "shards").glob("*.parquet")):
+        if path.name not in known:
+            yield f"{path}: not in the plan of this cache"
+    if not cache.is_sealed:
+        yield f"{cache.path}: not sealed; repeat the `pipeline cache-teacher` that began it"
+    elif prior_expected:
+        try:
+            prior = cache.tail_prior()
+        except CacheError as error:
+            yield str(error)
+            return
+        if prior is None:
+            yield f"{cache.path / 'tail_prior.parquet'}: missing"
+        elif stored and abs(float(prior.sum(dtype=np.float64)) - tail_mass / stored) > 1e-3:
+            yield f"{cache.path / 'tail_prior.parquet'}: does not sum to the mean tail mass"

@@ -1,0 +1,204 @@
+"""What a cache is (`manifest.json`) and what each finished shard holds (its receipt).
+
+The manifest is written once, before the first shard, and never changes: it is the identity that every shard,
+every resuming run and every student is checked against. What is learned later stands in the receipts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from storage import schema
+from storage.errors import CacheError
+from storage.files import write_json
+
+_MAX_JSON_BYTES = 64 << 20
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherIdentity(_Model):
+    """Which model. `weights` is a fingerprint of the weight files, `revision` the hub commit where there is one."""
+
+    name: str
+    revision: str | None = None
+    architecture: str
+    config_sha256: str
+    weights: str | None = None
+
+
+class TokenizerIdentity(_Model):
+    """Hashes of what must agree between teacher and student: token -> id, and how text becomes tokens."""
+
+    vocabulary_sha256: str
+    behaviour_sha256: str
+    chat_template_sha256: str | None = None
+    tokens: int
+
+
+class CorpusIdentity(_Model):
+    """The tokenised corpus. `fingerprint` covers ids, loss masks and their order, not paths."""
+
+    fingerprint: str
+    sequences: int = Field(ge=1)
+    tokens: int = Field(ge=2)
+
+
+class ScoringOptions(_Model):
+    """What is kept at each position, and in which precision the teacher ran."""
+
+    engine: str
+    dtype: str
+    top_n: int = Field(ge=1, le=schema.MAX_TOP_N)
+    logprob_bits: int = 16
+    temperatures: tuple[float, ...] = ()
+    tail_samples: int = Field(default=0, ge=0)
+    seed: int = 0
+    max_length: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoringOptions:
+        if self.logprob_bits not in schema.LOGPROB_TYPES:
+            raise ValueError(f"logprob_bits must be one of {sorted(schema.LOGPROB_TYPES)}")
+        if any(not t > 0 or t == 1 for t in self.temperatures):
+            raise ValueError("extra temperatures must be positive and not 1, which is always there")
+        return self
+
+    @property
+    def columns(self) -> tuple[schema.Column, ...]:
+        return schema.columns(self.logprob_bits, self.temperatures, self.tail_samples)
+
+
+class PlannedShard(_Model):
+    """A fixed range of sequences: `first .. first + sequences`."""
+
+    first: int = Field(ge=0)
+    sequences: int = Field(ge=1)
+    tokens: int = Field(ge=2)
+
+
+class Manifest(_Model):
+    """The identity of a cache. `made_with` and `source` inform; everything else must agree to resume."""
+
+    format_version: int = schema.FORMAT_VERSION
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    vocabulary_size: int = Field(ge=2)
+    corpus: CorpusIdentity
+    scoring: ScoringOptions
+    shards: tuple[PlannedShard, ...] = Field(min_length=1)
+    source: dict[str, Any] = Field(default_factory=dict)
+    made_with: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_plan(self) -> Manifest:
+        expected = 0
+        for shard in self.shards:
+            if shard.first != expected:
+                raise ValueError(f"the plan of shards has a gap or overlap at sequence {expected}")
+            expected += shard.sequences
+        if expected != self.corpus.sequences:
+            raise ValueError(f"the plan holds {expected} sequences, the corpus {self.corpus.sequences}")
+        if self.scoring.top_n > self.vocabulary_size:
+            raise ValueError("top_n is larger than the vocabulary")
+        return self
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part that decides whether two commands make the same cache, as plain JSON values."""
+        return self.model_dump(mode="json", exclude={"source", "made_with"})
+
+    @property
+    def cache_id(self) -> str:
+        """Sixteen hex digits of the identity's hash, written into every shard and receipt."""
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def differences(self, other: Manifest) -> list[str]:
+        """What differs from `other`, as `name: ours, not theirs`; empty when they are the same cache."""
+        return _differences("", self.identity, other.identity)
+
+
+class Receipt(_Model):
+    """Written after its shard is whole and durable: a shard without a receipt does not exist."""
+
+    cache_id: str
+    shard: int = Field(ge=0)
+    rows: int = Field(ge=1)
+    tokens: int = Field(ge=2)
+    stored_positions: int = Field(ge=0)
+    entries: int = Field(ge=0)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    tail_prior_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    sum_tail_mass: float = Field(ge=0)
+    sum_unc: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+def _differences(prefix: str, ours: Any, theirs: Any) -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found: list[str] = []
+        for key in sorted(set(ours) | set(theirs)):
+            name = f"{prefix}.{key}" if prefix else key
+            found += _differences(name, ours.get(key), theirs.get(key))
+        return found
+    if ours == theirs:
+        return []
+    if prefix == "shards":
+        return ["shards: a different plan (--shard-tokens)"]
+    return [f"{prefix}: {_shown(ours)}, not {_shown(theirs)}"]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def _read_model(path: Path, model: type[_M], what: str) -> _M:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CacheError(f"{path}: too large to be a {what}")
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CacheError(f"{path}: there is no {what} here") from None
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{path}: the {what} is not JSON ({str(error)[:80]})") from None
+    if not isinstance(raw, dict):
+        raise CacheError(f"{path}: the {what} is not a JSON object")
+    version = raw.get("format_version", schema.FORMAT_VERSION)
+    if isinstance(version, int) and version > schema.FORMAT_VERSION:
+        raise CacheError(
+            f"{path}: format version {version} is newer than the {schema.FORMAT_VERSION} this program reads; "
+            "upgrade teacher-logit-cache"
+        )
+    try:
+        # Through JSON text, so that strictness is JSON's own (a list for a tuple is right).
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise CacheError(f"{path}: the {what} is damaged at {where}: {first['msg']}") from None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises CacheError: missing, not JSON, damaged, or of a newer format version."""
+    return _read_model(path, Manifest, "manifest")
+
+
+def read_receipt(path: Path) -> Receipt:
+    return _read_model(path, Receipt, "receipt")
+
+
+def write_model(path: Path, model: BaseModel) -> None:
+    write_json(path, model.model_dump(mode="json"))

@@ -1,0 +1,23 @@
+"""Which sequences go into which shard: decided from their lengths alone, so the same for every worker."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from storage.manifest import PlannedShard
+
+
+def plan_shards(lengths: np.ndarray, shard_tokens: int) -> tuple[PlannedShard, ...]:
+    """Cut the corpus, in its order, into runs of at most `shard_tokens` tokens (at least one sequence each).
+
+    lengths: int `[S]`, token ids per sequence.
+    """
+    shards: list[PlannedShard] = []
+    ends = np.cumsum(lengths, dtype=np.int64)
+    first, before = 0, 0
+    while first < len(lengths):
+        stop = max(first + 1, int(np.searchsorted(ends, before + shard_tokens, side="right")))
+        tokens = int(ends[stop - 1]) - before
+        shards.append(PlannedShard(first=first, sequences=stop - first, tokens=tokens))
+        first, before = stop, int(ends[stop - 1])
+    return tuple(shards)

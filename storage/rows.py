@@ -1,0 +1,94 @@
+"""The contents of a shard in memory: flat numpy arrays and offsets, no Python object per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from storage import schema
+from storage.errors import CacheError
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of different lengths as one array: row i is `values[offsets[i]:offsets[i+1]]`."""
+
+    values: np.ndarray  # [sum of lengths]
+    offsets: np.ndarray  # int64 [rows + 1], offsets[0] == 0
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[np.ndarray], dtype: np.dtype | type) -> Ragged:
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum([len(item) for item in lists], out=offsets[1:])
+        values = np.concatenate(lists).astype(dtype, copy=False) if lists else np.zeros(0, dtype)
+        return cls(values, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sequences of one shard.
+
+    `sequence_id`: int64 `[S]`; `lists`: one Ragged of S rows per list column, keyed by its name in the schema.
+    """
+
+    sequence_id: np.ndarray
+    lists: Mapping[str, Ragged]
+
+    def __len__(self) -> int:
+        return len(self.sequence_id)
+
+    def __getitem__(self, name: str) -> Ragged:
+        return self.lists[name]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.lists["input_ids"].values)
+
+    def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:
+        """An Arrow table with exactly `columns`; values are cast to the columns' types."""
+        arrays: list[pa.Array] = []
+        for column in columns:
+            if not column.is_list:
+                arrays.append(pa.array(self.sequence_id, column.element))
+                continue
+            ragged = self.lists[column.name]
+            values = pa.array(ragged.values.astype(column.element.to_pandas_dtype(), copy=False), column.element)
+            if ragged.offsets[-1] > np.iinfo(np.int32).max:
+                raise CacheError(f"column {column.name} of one shard has over 2^31 values; use smaller shards")
+            arrays.append(pa.ListArray.from_arrays(pa.array(ragged.offsets.astype(np.int32)), values, type=column.type))
+        table_schema = pa.schema([column.field for column in columns], metadata=dict(metadata))
+        return pa.Table.from_arrays(arrays, schema=table_schema)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Rows:
+        """Views (copies only where Arrow holds bits or several chunks) of a table's columns."""
+        lists: dict[str, Ragged] = {}
+        sequence_id = np.arange(len(table), dtype=np.int64)
+        for name in table.column_names:
+            array = table.column(name).combine_chunks()
+            if isinstance(array, pa.ChunkedArray):
+                array = array.chunk(0)
+            if array.null_count:
+                raise CacheError(f"column {name} has {array.null_count} nulls")
+            if not pa.types.is_list(array.type) and not pa.types.is_large_list(array.type):
+                sequence_id = array.to_numpy(zero_copy_only=False)
+                continue
+            offsets = array.offsets.to_numpy().astype(np.int64)
+            values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+            if values.null_count:
+                raise CacheError(f"column {name} has nulls inside its lists")
+            lists[name] = Ragged(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+        return cls(sequence_id, lists)

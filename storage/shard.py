@@ -1,0 +1,210 @@
+"""One Parquet file: writing it, reading it, and the invariants that hold in it.
+
+Encodings: log-probabilities and entropy are byte-stream-split, which sets the exponents side by side for zstd;
+everything is zstd-compressed and every page carries a CRC that reading checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage import schema
+from storage.errors import CacheError
+from storage.files import atomic_file
+from storage.manifest import Manifest
+from storage.rows import Ragged, Rows
+
+ZSTD_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: its length in bytes and its checksum."""
+
+    bytes: int
+    sha256: str
+
+
+def write_shard(path: Path, rows: Rows, manifest: Manifest, index: int) -> Written:
+    """Write `rows` to `path`, atomically and durably."""
+    columns = manifest.scoring.columns
+    table = rows.to_table(columns, shard_metadata(manifest, index))
+    return write_table(path, table, [f"{c.name}.list.element" for c in columns if pa.types.is_floating(c.element)])
+
+
+def write_table(path: Path, table: pa.Table, split_bytes: Sequence[str]) -> Written:
+    """Write a table with this project's encodings; `split_bytes` are the leaves to byte-stream-split."""
+    with atomic_file(path) as file:
+        pq.write_table(
+            table,
+            pa.PythonFile(file, "w"),
+            compression="zstd",
+            compression_level=ZSTD_LEVEL,
+            use_dictionary=False,
+            use_byte_stream_split=list(split_bytes) or False,
+            write_page_checksum=True,
+            store_schema=True,
+        )
+    return Written(file.size, file.sha256)
+
+
+def shard_metadata(manifest: Manifest, index: int) -> dict[bytes, bytes]:
+    """What a shard says of itself, so that a swapped, renamed or foreign one is recognised."""
+    return {
+        schema.META_FORMAT: str(schema.FORMAT_VERSION).encode(),
+        schema.META_CACHE_ID: manifest.cache_id.encode(),
+        schema.META_SHARD: str(index).encode(),
+    }
+
+
+def read_shard(path: Path, manifest: Manifest, index: int, columns: Sequence[str] | None = None) -> Rows:
+    """Rows of a shard; `columns` None for all. Raises CacheError on anything but the shard that belongs here."""
+    wanted = {column.name: column for column in manifest.scoring.columns}
+    names = list(wanted) if columns is None else list(dict.fromkeys(["sequence_id", *columns]))
+    for name in names:
+        if name not in wanted:
+            raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            stored = file.schema_arrow
+            metadata = stored.metadata or {}
+            for key, value in shard_metadata(manifest, index).items():
+                if metadata.get(key) != value:
+                    found = metadata.get(key, b"nothing").decode(errors="replace")[:40]
+                    label = key.decode().rpartition(".")[2]
+                    raise CacheError(f"{path}: this shard belongs elsewhere: {label} is {found}, not {value.decode()}")
+            for name in names:
+                if name not in stored.names or stored.field(name).type != wanted[name].type:
+                    raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
+            table = file.read(columns=names, use_threads=False)
+    except FileNotFoundError:
+        raise CacheError(f"{path}: shard {index} is missing") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CacheError(f"{path}: unreadable as Parquet ({str(error).splitlines()[0][:120]})") from None
+    if len(table) != manifest.shards[index].sequences:
+        raise CacheError(f"{path}: {len(table)} rows, the plan says {manifest.shards[index].sequences}")
+    rows = Rows.from_table(table)
+    for problem in structure_problems(rows, manifest, index):
+        raise CacheError(f"{path}: {problem}")
+    return rows
+
+
+def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[str]:
+    """Breaks of the shapes: what must hold before any array is indexed by another. Yields one sentence each."""
+    first = manifest.shards[index].first
+    if not np.array_equal(rows.sequence_id, np.arange(first, first + len(rows))):
+        yield f"sequence_id does not count from {first}"
+    if "input_ids" not in rows.lists:
+        return
+    ids = rows["input_ids"]
+    positions = ids.lengths - 1
+    if (row := _first(positions < 1)) is not None:
+        yield f"row {row}: fewer than two token ids"
+    if (at := _first((ids.values < 0) | (ids.values >= manifest.vocabulary_size))) is not None:
+        yield f"row {_row(ids, at)}: token id {ids.values[at]} is outside 0..{manifest.vocabulary_size - 1}"
+    columns = {column.name: column for column in manifest.scoring.columns}
+    stored = counts = None
+    if "loss_mask" in rows.lists and len(rows["loss_mask"].values) == positions.sum():
+        stored = _sums(rows["loss_mask"].values, rows["loss_mask"].offsets)
+    if "top_count" in rows.lists:
+        counts = _sums(rows["top_count"].values.astype(np.int64), rows["top_count"].offsets)
+    for name, ragged in rows.lists.items():
+        expected = {
+            "L": ids.lengths,
+            "L-1": positions,
+            "E": counts,
+            "P*M": None if stored is None else stored * manifest.scoring.tail_samples,
+        }[columns[name].per]
+        if expected is not None and (row := _first(ragged.lengths != expected)) is not None:
+            yield (
+                f"row {row}: {name} holds {ragged.lengths[row]} values, "
+                f"{expected[row]} ({columns[name].per}) belong there"
+            )
+
+
+def value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
+    """Breaks of the invariants of the values, one sentence each, naming the first bad row of its kind.
+
+    The alignment check is here: where gold is among the top-N its own entry must say the same as `gold_logprob`,
+    and elsewhere `gold_logprob` may not exceed the last entry. Numbers shifted by one position break it.
+    """
+    mask, ids = rows["loss_mask"], rows["input_ids"]
+    counts = rows["top_count"].values.astype(np.int64)
+    top_ids, top_logprobs = rows["top_ids"].values, rows["top_logprobs"].values.astype(np.float64)
+    gold_logprob = rows["gold_logprob"].values.astype(np.float64)
+    tail = rows["tail_logmass"].values.astype(np.float64)
+
+    def row_of(position: int) -> str:
+        row = _row(mask, position)
+        return f"row {row}, position {position - mask.offsets[row]}"
+
+    for name, values in [("gold_logprob", gold_logprob), ("tail_logmass", tail)]:
+        if (at := _first(~(values <= 1e-4))) is not None:
+            yield f"{row_of(at)}: {name} is {values[at]:g}, not a log-probability"
+    if (at := _first((counts > 0) != mask.values)) is not None:
+        yield f"{row_of(at)}: top_count is {counts[at]} where the loss mask is {bool(mask.values[at])}"
+    if (at := _first((top_ids < 0) | (top_ids >= manifest.vocabulary_size))) is not None:
+        yield f"top_ids entry {at}: id {top_ids[at]} is outside 0..{manifest.vocabulary_size - 1}"
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    position_of_entry = np.repeat(np.arange(len(counts)), counts)
+    ascending = np.diff(top_logprobs) > 0
+    ascending &= position_of_entry[1:] == position_of_entry[:-1] if len(position_of_entry) else False
+    if (at := _first(ascending)) is not None:
+        yield f"{row_of(int(position_of_entry[at]))}: top_logprobs do not descend"
+    if not counts.any():
+        return
+    order = np.lexsort((top_ids, position_of_entry))
+    repeated = (np.diff(top_ids[order]) == 0) & (np.diff(position_of_entry[order]) == 0)
+    if (at := _first(repeated)) is not None:
+        yield f"{row_of(int(position_of_entry[order[at]]))}: id {top_ids[order[at]]} stands twice in the top-N"
+
+    # The gold token of position t is input_ids[t+1]: drop the first id of every row.
+    keep = np.ones(len(ids.values), bool)
+    keep[ids.offsets[:-1]] = False
+    gold = ids.values[keep]
+    # What rounding to the stored precision may do to a log-probability.
+    precision = 2.0**-10 if manifest.scoring.logprob_bits == 16 else 2.0**-20
+    is_gold = top_ids == gold[position_of_entry]
+    entry_position = position_of_entry[is_gold]
+    gap = np.abs(top_logprobs[is_gold] - gold_logprob[entry_position])
+    wrong = gap > 1e-4 + precision * np.abs(gold_logprob[entry_position])
+    if (at := _first(wrong)) is not None:
+        yield (
+            f"{row_of(int(entry_position[at]))}: gold_logprob disagrees with gold's own entry by {gap[at]:.3g} nats "
+            "(positions shifted?)"
+        )
+    gold_in_top = np.zeros(len(counts), bool)
+    gold_in_top[entry_position] = True
+    stored = counts > 0
+    last = np.full(len(counts), np.inf)
+    last[stored] = top_logprobs[starts[1:][stored] - 1]
+    outside = stored & ~gold_in_top & (gold_logprob > last + 1e-4 + precision * np.abs(last))
+    if (at := _first(outside)) is not None:
+        yield f"{row_of(at)}: gold is outside the top-N yet more probable than its last entry (positions shifted?)"
+    total = np.add.reduceat(np.append(np.exp(top_logprobs), 0.0), starts[:-1])
+    total = np.where(stored, total, 0.0) + np.exp(tail) + np.where(gold_in_top, 0.0, np.exp(gold_logprob))
+    slack = 1e-3 if manifest.scoring.logprob_bits == 32 else 8e-3
+    if (at := _first(stored & ~(np.abs(total - 1.0) <= slack))) is not None:
+        yield f"{row_of(at)}: the kept set and the tail sum to {total[at]:.5f}, not 1"
+
+
+def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sum of each row of a ragged array."""
+    cumulative = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return cumulative[offsets[1:]] - cumulative[offsets[:-1]]
+
+
+def _first(wrong: np.ndarray) -> int | None:
+    """Index of the first True, or None."""
+    return int(np.argmax(wrong)) if wrong.any() else None
+
+
+def _row(ragged: Ragged, position: int) -> int:
+    """The row that a flat index belongs to."""
+    return int(np.searchsorted(ragged.offsets, position, side="right")) - 1
