@@ -1,8 +1,8 @@
 """Stage one, `pipeline cache-teacher`: from options to a sealed cache.
 
 `prepare` answers everything that can be refused before a weight is read; `run` loads the teacher and works off the
-pending shards. A shard is written by a thread of its own while the teacher already scores the next one; at most one is waiting, so
-memory holds two shards and never more.
+pending shards. A shard is written by a thread of its own while the teacher already scores the next one; at most one
+is waiting, so memory holds two shards and never more.
 """
 
 from __future__ import annotations

@@ -42,16 +42,16 @@ class BodyAndHead:
             raise UserError(
                 f"{type(model).__name__} has no separate body and output layer; score it with --engine vllm"
             )
-        self._body = model._modules[prefix]
+        self._body: nn.Module = model.get_submodule(prefix)
         self._head = copy.copy(model)
         self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough()}
         output = model.get_output_embeddings()
         self._head_dtype = output.weight.dtype
         if fp32_head and self._head_dtype in (torch.float16, torch.bfloat16):
-            (name,) = [key for key, module in model._modules.items() if module is output] or [None]
-            if name is None:
+            names = [key for key, module in model._modules.items() if module is output]
+            if not names:
                 raise UserError(f"{type(model).__name__} keeps its output layer inside; score it with --engine vllm")
-            self._head._modules[name] = copy.deepcopy(output).float()
+            self._head._modules[names[0]] = copy.deepcopy(output).float()
             self._head_dtype = torch.float32
 
     def body(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def sums_by_sequence(
 
 
 def metrics(sums: torch.Tensor, prefix: str) -> dict[str, float]:
-    """Means from summed sums `[3, 1 + 4]`: `prefix_kl`, `prefix_kl_easy`, ... and `prefix_tokens`. Empty groups: absent."""
+    """Means from the total `[3, 1 + 4]`: `prefix_kl`, `prefix_kl_easy`, ..., `prefix_tokens`; no empty groups."""
     result: dict[str, float] = {f"{prefix}_tokens": int(sums[0, 0])}
     for group, values in zip(GROUPS, sums.tolist(), strict=True):
         suffix = "" if group == "all" else f"_{group}"

@@ -54,7 +54,7 @@ def load_causal_lm(
 
     _refuse_path_to_nothing(name, "causal language model")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             revision=revision,
@@ -64,6 +64,7 @@ def load_causal_lm(
         )
     except Exception as error:  # noqa: BLE001 - safetensors, zip, JSON and config errors all mean the same here
         raise _explain(name, "causal language model", error) from None
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers and only warn.
         raise UserError(f"{name}: weights are missing for {', '.join(missing[:3])} ({len(missing)} in all)")

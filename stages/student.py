@@ -86,7 +86,7 @@ def prepare(options: StudentOptions) -> Prepared:
     cache = Cache.open(options.shards)
     for index in range(len(cache.receipts())):
         cache.check_file(index)
-    source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.student, **source)
     if options.init_from_config:
         cache_tokenizer(cache)
@@ -99,7 +99,7 @@ def prepare(options: StudentOptions) -> Prepared:
 
 
 def training_arguments(options: StudentOptions) -> Any:
-    """`transformers.TrainingArguments` from our defaults and the user's; raises UserError for a name or value it refuses."""
+    """Our defaults and the user's fields together; raises UserError for a name or a value that is refused."""
     from transformers import TrainingArguments
 
     known = {f.name for f in fields(TrainingArguments) if f.init}
@@ -189,7 +189,7 @@ def load_student(prepared: Prepared) -> PreTrainedModel:
 
     options = prepared.options
     dtype = getattr(torch, options.dtype)
-    source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     set_seed(options.seed)
     if not options.init_from_config:
         return load_causal_lm(options.student, dtype=dtype, **source)

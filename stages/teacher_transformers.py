@@ -50,7 +50,8 @@ class TransformersTeacher(Teacher):
         loaded = load_causal_lm(
             model, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code
         )
-        self._model = loaded.to(self.device).eval()
+        loaded.to(device=self.device)  # type: ignore[call-arg]
+        self._model = loaded.eval()
         self._parts = BodyAndHead(self._model, fp32_head=True)
         self.vocabulary_size = self._model.get_output_embeddings().weight.shape[0]
         self._parts.check(self._model, self.vocabulary_size)

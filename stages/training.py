@@ -25,6 +25,8 @@ class DistillationTrainer(Trainer):
     `token` losses are divided here by the tokens of the whole step, over micro-batches and devices.
     """
 
+    objective: Objective
+
     def __init__(self, *args: Any, objective: Objective, eval_collator: Collator | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
@@ -60,15 +62,17 @@ class DistillationTrainer(Trainer):
         return batches, self.accelerator.reduce(tokens, reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        return WindowShuffle(train_dataset if train_dataset is not None else self.train_dataset, self._data_seed)
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return WindowShuffle(dataset, self._data_seed)
 
     @property
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        loader = DataLoader(
-            self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset,
+        dataset: Any = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
+        loader: DataLoader = DataLoader(
+            dataset,
             batch_size=self.args.eval_batch_size,
             collate_fn=self._eval_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -85,7 +89,7 @@ class DistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Our measures in place of Trainer's gathered logits, which would be `[tokens, vocabulary]` in memory."""
         started = time.monotonic()
-        model = self._wrap_model(self.model, training=False)
+        model: Any = self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
         if not self.accelerator._models and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
@@ -106,7 +110,7 @@ class DistillationTrainer(Trainer):
         # What `metric_for_best_model` and early stopping look at by default.
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
         self.evaluation_seconds += time.monotonic() - started
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
 
 
 def student_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -63,10 +64,15 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def temporary_for(path: Path) -> Path:
+    """A name beside `path` that `remove_temporaries` clears once this process is gone."""
+    return path.with_name(f"{_TEMPORARY}{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[HashingFile]:
     """A file that appears at `path`, complete and durable, only if the block ends without an exception."""
-    temporary = path.with_name(f"{_TEMPORARY}{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
+    temporary = temporary_for(path)
     try:
         with open(temporary, "xb") as raw:
             hashing = HashingFile(raw)
@@ -90,13 +96,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Remove what killed writers left behind, never the file of a writer that may still be at work."""
+    """Remove the files and folders that killed writers left, never one of a writer that may still be at work."""
     for path in directory.glob(f"{_TEMPORARY}*"):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, OverflowError):
             host, pid = path.name.removeprefix(_TEMPORARY).split(".")[:2]
             dead = host == _HOST and not _is_running(int(pid))
             if dead or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_running(pid: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,8 +68,11 @@ class ScoringOptions(_Model):
     def _check(self) -> ScoringOptions:
         if self.logprob_bits not in schema.LOGPROB_TYPES:
             raise ValueError(f"logprob_bits must be one of {sorted(schema.LOGPROB_TYPES)}")
-        if any(not t > 0 or t == 1 for t in self.temperatures):
-            raise ValueError("extra temperatures must be positive and not 1, which is always there")
+        if any(not 0 < t < math.inf or t == 1 for t in self.temperatures):
+            raise ValueError("extra temperatures must be positive, finite and not 1, which is always there")
+        names = {schema.temperature_column(t).name for t in (1.0, *self.temperatures)}
+        if len(names) <= len(self.temperatures):
+            raise ValueError("extra temperatures must differ from 1 and each other in six digits")
         return self
 
     @property
@@ -87,7 +91,7 @@ class PlannedShard(_Model):
 class Manifest(_Model):
     """The identity of a cache. `made_with` and `source` inform; everything else must agree to resume."""
 
-    format_version: int = schema.FORMAT_VERSION
+    format_version: int = Field(default=schema.FORMAT_VERSION, strict=True, ge=1, le=schema.FORMAT_VERSION)
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
     vocabulary_size: int = Field(ge=2)
@@ -172,6 +176,8 @@ def _read_model(path: Path, model: type[_M], what: str) -> _M:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CacheError(f"{path}: there is no {what} here") from None
+    except OSError as error:
+        raise CacheError(f"{path}: the {what} cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
         raise CacheError(f"{path}: the {what} is not JSON ({str(error)[:80]})") from None
     if not isinstance(raw, dict):

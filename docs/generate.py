@@ -1,0 +1,140 @@
+"""Write docs/cli.md from the commands and docs/format.md from the schema.
+
+`python docs/generate.py` writes both; with `--check` it writes nothing, names the stale files and exits 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.cli import COMMANDS, PROGRAM, main
+
+DOCS = Path(__file__).resolve().parent
+
+_NOTE = "<!-- Written by docs/generate.py; change the source, then run it again. -->\n"
+
+_CLI_INTRODUCTION = """\
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 misuse or bad input (nothing
+was done), 1 the run failed, 130 interrupted. Every command takes `--help` and `--debug`.
+"""
+
+_FORMAT_INTRODUCTION = """\
+A cache is a directory of Parquet shards and a manifest. One row is one sequence of `L` token ids. It has
+exactly `L-1` scored positions: position `t` is the teacher's distribution after reading `input_ids[:t+1]`,
+and its gold token is `input_ids[t+1]`. `P` positions have the loss mask set and keep top-N entries, `E` in
+all; `M` is the number of samples per stored position. Log-probabilities are in nats.
+"""
+
+
+def _markdown_help(text: str) -> str:
+    """Click's help text as Markdown: paragraphs that click keeps as they are become code blocks."""
+    blocks = []
+    for paragraph in inspect.cleandoc(text.split("\f")[0]).split("\n\n"):
+        lines = paragraph.strip("\n").splitlines()
+        if not lines or lines[0].strip() != "\b":
+            blocks.append("\n".join(line.strip() for line in lines))
+            continue
+        lines = lines[1:]
+        if lines and lines[0].rstrip().endswith(":"):
+            blocks.append(lines.pop(0).strip())
+        blocks.append("\n".join(["```text", inspect.cleandoc("\n" + "\n".join(lines)), "```"]))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _option_row(option: click.Option, ctx: click.Context) -> str:
+    extra = option.get_help_extra(ctx)
+    names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
+    kind = "flag" if option.is_flag else option.make_metavar(ctx)
+    kind = {"INTEGER": "integer", "INTEGER RANGE": "integer", "FLOAT": "number", "FLOAT RANGE": "number"}.get(
+        kind, kind
+    )
+    if bounds := extra.get("range"):
+        kind = f"{kind}, {bounds}"
+    if option.multiple:
+        kind += ", repeatable"
+    if option.required:
+        default = "required"
+    elif isinstance(option.show_default, str):
+        default = option.show_default
+    else:
+        default = extra.get("default", "off" if option.is_flag else "")
+    return f"| {names} | {_cell(option.help or '')} | {_cell(kind)} | {_cell(str(default))} |"
+
+
+def _options_table(command: click.Command, ctx: click.Context, leave_out: tuple[str, ...]) -> str:
+    rows = [
+        _option_row(param, ctx)
+        for param in command.get_params(ctx)
+        if isinstance(param, click.Option) and not param.hidden and not set(param.opts) & set(leave_out)
+    ]
+    if not rows:
+        return "It has no options of its own."
+    return "\n".join(["| option | meaning | type | default |", "| --- | --- | --- | --- |", *rows])
+
+
+def _section(command: click.Command, ctx: click.Context, leave_out: tuple[str, ...]) -> str:
+    usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
+    return "\n\n".join(
+        [
+            f"```text\n{usage}\n```",
+            _markdown_help(command.help or ""),
+            _options_table(command, ctx, leave_out),
+        ]
+    )
+
+
+def cli_markdown() -> str:
+    """The command-line reference."""
+    root = click.Context(main, info_name=PROGRAM, **main.context_settings)
+    parts = [_NOTE + "# Command line", _CLI_INTRODUCTION.rstrip(), _section(main, root, ())]
+    parts.append("\n".join(f"- [`{name}`](#{PROGRAM}-{name}): {entry.summary}" for name, entry in COMMANDS.items()))
+    for name in COMMANDS:
+        command = main.get_command(root, name)
+        assert command is not None, name
+        ctx = click.Context(command, info_name=name, parent=root, **command.context_settings)
+        parts += [f"## {PROGRAM} {name}", _section(command, ctx, ("--help", "--debug"))]
+    return "\n\n".join(parts) + "\n"
+
+
+def format_markdown() -> str:
+    """The reference of the columns."""
+    from storage import schema
+
+    return "\n".join([_NOTE + "# Format of a cache\n", _FORMAT_INTRODUCTION, schema.format_markdown()])
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file and what it should hold."""
+    return {DOCS / "cli.md": cli_markdown(), DOCS / "format.md": format_markdown()}
+
+
+def run(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write docs/cli.md and docs/format.md from the code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
+    check = parser.parse_args(arguments).check
+    stale = False
+    for path, text in pages().items():
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale = True
+        if check:
+            print(f"docs/{path.name} is stale; run python docs/generate.py", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote docs/{path.name}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

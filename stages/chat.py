@@ -1,0 +1,251 @@
+"""From text with marked spans, or a chat, to token ids and the tokens that lie in the spans.
+
+A chat's marked spans are the assistant's turns. A template either marks them itself with `{% generation %}`,
+or they are found by rendering prefixes of the chat, which is right only where every prefix renders to a
+prefix of the whole; where it does not, the chat is refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from storage.errors import UserError
+
+Span = tuple[int, int]  # characters [start, end)
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def render_chat(tokenizer: Any, messages: Any, where: str = "the chat") -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int32 [L] of a chat, and bool [L]: which tokens are the assistant's, end of turn included.
+
+    `messages` is a list of {"role", "content"}; `where` names the row in errors. No special tokens are added
+    to those the template writes. Without an assistant turn nothing is marked.
+    Raises UserError (malformed messages; no template, or one that cannot tell which tokens are whose).
+    """
+    chat = _checked(messages, where)
+    template = _template(tokenizer, where)
+    if _GENERATION.search(template):
+        text, spans = _generation_spans(tokenizer, chat, template, where)
+    else:
+        text, spans = _prefix_spans(tokenizer, chat, where)
+    check_text(text, where)
+    return encode_spans(tokenizer, [text], [spans], add_special_tokens=False)[0]
+
+
+def encode_spans(
+    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]], *, add_special_tokens: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each text: token ids int32 [L], and bool [L], True for tokens with a character in one of its spans.
+
+    Special tokens that the tokenizer adds at the end are marked when the token before them is. A tokenizer
+    without offsets encodes the stretches inside and outside the spans separately.
+    """
+    if not tokenizer.is_fast:
+        return [
+            _encode_separately(tokenizer, text, marked, add_special_tokens)
+            for text, marked in zip(texts, spans, strict=True)
+        ]
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    results = []
+    for row, marked in enumerate(spans):
+        ids = np.asarray(encoded["input_ids"][row], dtype=np.int32)
+        offsets = np.asarray(encoded["offset_mapping"][row], dtype=np.int64).reshape(-1, 2)
+        ends = offsets[:, 1]
+        # Byte-level tokenizers trim spaces from offsets: a token of spaces only is (end, end).
+        starts = np.minimum(offsets[:, 0], ends - 1)
+        marks = np.zeros(len(ids), dtype=bool)
+        for start, end in marked:
+            marks |= (ends > start) & (starts < end)
+        if add_special_tokens:
+            _mark_trailing(marks, np.asarray(encoded["special_tokens_mask"][row], dtype=bool) & (ends == 0))
+        results.append((ids, marks))
+    return results
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise UserError when `text` holds half a surrogate pair, which cannot be tokenised."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The text in {where} holds half of a surrogate pair at character {error.start + 1}, which is no "
+            "character; mend or remove the row."
+        ) from error
+
+
+def _mark_trailing(marks: np.ndarray, added: np.ndarray) -> None:
+    """Mark in place the added special tokens at the end, if the token before them is marked."""
+    last = len(marks) - 1
+    while last >= 0 and added[last]:
+        last -= 1
+    if last >= 0 and marks[last]:
+        marks[last + 1 :] = True
+
+
+def _encode_separately(
+    tokenizer: Any, text: str, spans: Sequence[Span], add_special_tokens: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_spans` for one text and a tokenizer that knows no offsets."""
+
+    def encode(part: str, special: bool = False) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"])
+
+    ids: list[int] = []
+    marks: list[bool] = []
+    at = 0
+    for start, end in [*spans, (len(text), len(text))]:
+        for part, marked in ((text[at:start], False), (text[start:end], True)):
+            tokens = encode(part) if part else []
+            ids += tokens
+            marks += [marked] * len(tokens)
+        at = end
+    if add_special_tokens:
+        plain, full = encode(text), encode(text, special=True)
+        fits = (k for k in range(len(full) - len(plain) + 1) if full[k : k + len(plain)] == plain)
+        lead = next(fits, 0)
+        trail = full[lead + len(plain) :]
+        marks = [False] * lead + marks + [bool(marks) and marks[-1]] * len(trail)
+        ids = full[:lead] + ids + trail
+    return np.asarray(ids, dtype=np.int32), np.asarray(marks, dtype=bool)
+
+
+# ---- where the assistant's turns are ----------------------------------------------------------------------
+
+
+def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
+    """The messages without keys that are None. Raises UserError naming the row and the message."""
+    if not isinstance(messages, (list, tuple)):
+        raise UserError(f"The messages in {where} are {_kind(messages)}, not a list; give a list of role and content.")
+    chat = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise UserError(
+                f"Message {number} in {where} is {_kind(message)}, not an object; give it a role and a content."
+            )
+        message = {key: value for key, value in message.items() if value is not None}
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise UserError(f"Message {number} in {where} has no role; name one such as user or assistant.")
+        if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
+            problem = "no content" if content is None else f"a content that is {_kind(content)}"
+            raise UserError(f"Message {number} in {where} has {problem}; give it text.")
+        chat.append(message)
+    return chat
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def _template(tokenizer: Any, where: str) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            f"The tokenizer has no chat template, so the chat in {where} cannot be rendered; use the "
+            "tokenizer of a chat model, or supply prompt and completion columns."
+        ) from error
+
+
+def _undecided(where: str, why: str) -> UserError:
+    return UserError(
+        f"The chat template cannot tell which tokens are the assistant's in {where} ({why}); "
+        "add {% generation %} marks to the template, or supply prompt and completion columns."
+    )
+
+
+def _generation_spans(tokenizer: Any, chat: list[dict[str, Any]], template: str, where: str) -> tuple[str, list[Span]]:
+    """The rendered chat and the spans its template marks.
+
+    The spans are taken as characters: `apply_chat_template(return_assistant_tokens_mask=True)` would turn
+    them into tokens through `char_to_token`, which knows no trimmed space, and so marks the rest of the chat
+    after a turn that ends in one.
+    """
+    from transformers.utils import chat_template_utils
+
+    render: Any = chat_template_utils.render_jinja_template  # its annotation says str, it returns two lists
+    try:
+        rendered, marked = render(
+            conversations=[chat],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:  # a template may raise anything
+        raise _refused(where, error) from error
+    return rendered[0], [(start, end) for start, end in marked[0] if end > start]
+
+
+def _prefix_spans(tokenizer: Any, chat: list[dict[str, Any]], where: str) -> tuple[str, list[Span]]:
+    """The rendered chat and its assistant turns, each from after its generation prompt to its end of turn."""
+    if not chat:
+        return "", []
+    try:
+        whole = _render(tokenizer, chat)
+    except Exception as error:  # a template may raise anything
+        raise _refused(where, error) from error
+    spans = []
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        try:
+            before = _before_turn(tokenizer, chat, turn, whole)
+            after = whole if turn + 1 == len(chat) else _render(tokenizer, chat[: turn + 1])
+            headless = _render(tokenizer, chat[:turn]) if turn else None
+        except Exception as error:  # a template may raise anything
+            raise _undecided(where, f"it refuses the messages before message {turn + 1}") from error
+        if before is None or not (whole.startswith(after) and after.startswith(before)):
+            raise _undecided(where, f"message {turn + 1} is rendered differently once messages follow it")
+        span = (len(before), _end_of_turn(tokenizer, whole, len(after)))
+        # Without a generation prompt all is well only if the turn starts with its content, not a header.
+        content = message.get("content")
+        spoken = whole[span[0] : span[1]].lstrip()
+        if before == headless and isinstance(content, str) and not spoken.startswith(content.strip()):
+            raise _undecided(where, "it has no generation prompt")
+        if span[1] > span[0]:
+            spans.append(span)
+    return whole, spans
+
+
+def _render(tokenizer: Any, chat: list[dict[str, Any]], prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+
+
+def _before_turn(tokenizer: Any, chat: list[dict[str, Any]], turn: int, whole: str) -> str | None:
+    """What stands before an assistant turn, generation prompt included; None where that cannot be told."""
+    if turn:
+        return _render(tokenizer, chat[:turn], prompt=True)
+    # `transformers` renders no empty chat, so for a chat that the assistant opens the prompt is looked for.
+    opening = [{"role": "user", "content": "x"}]
+    bare, prompted = _render(tokenizer, opening), _render(tokenizer, opening, prompt=True)
+    header = prompted[len(bare) :] if prompted.startswith(bare) else ""
+    return whole[: whole.index(header) + len(header)] if header and header in whole else None
+
+
+def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
+    """`end` without white space that follows an end-of-turn token: no model generates past that token."""
+    stripped = text[:end].rstrip()
+    special = {
+        *tokenizer.all_special_tokens,
+        *(str(token) for token in tokenizer.added_tokens_decoder.values()),
+    }
+    return len(stripped) if stripped.endswith(tuple(special - {""})) else end
+
+
+def _refused(where: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return UserError(f"The chat template refuses the messages in {where}: {reason}; mend or remove the row.")

@@ -1,0 +1,45 @@
+"""Choices that the commands repeat, because importing them would slow `--help`, equal what the stages know."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import click
+
+from pipeline.commands import cache_teacher, train_student
+from stages import caching, objective, ranking
+from stages.divergence import TAIL_MODES
+from stages.student import StudentOptions
+
+
+def choices(command: click.Command, name: str) -> tuple[str, ...]:
+    (param,) = [param for param in command.params if param.name == name]
+    assert isinstance(param.type, click.Choice)
+    return tuple(param.type.choices)
+
+
+def defaults(command: click.Command) -> dict[str, object]:
+    return {param.name: param.default for param in command.params if param.name}
+
+
+def test_choices() -> None:
+    assert choices(train_student.command, "objective") == objective.OBJECTIVES
+    assert choices(train_student.command, "normalize") == objective.NORMALIZATIONS
+    assert choices(train_student.command, "rank_scope") == ranking.RANK_SCOPES
+    assert choices(train_student.command, "tail") == TAIL_MODES
+    assert choices(cache_teacher.command, "dtype") == caching.DTYPES
+
+
+def test_defaults() -> None:
+    ours = defaults(train_student.command)
+    for field in fields(objective.Objective):
+        if field.name != "name":
+            assert ours[field.name] == field.default, field.name
+    assert ours["objective"] == objective.Objective().name
+    for name in ("eval_share", "seed", "dtype"):
+        assert ours[name] == getattr(StudentOptions("", "", ""), name)
+    options = caching.CacheOptions("", "", "")
+    theirs = defaults(cache_teacher.command)
+    for name in ("top_n", "dtype", "overlong", "shard_tokens", "batch_tokens", "seed", "append_eos"):
+        assert theirs[name] == getattr(options, name), name
+    assert int(str(theirs["logprob_bits"])) == options.logprob_bits

@@ -1,0 +1,155 @@
+"""TKD, DKD and cross-entropy from a kept set, against the float64 reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stages.divergence import TAIL_MODES, TeacherRows, divergences, teacher_terms
+from tests import reference
+
+
+def kept_rows(teacher: np.ndarray, gold: np.ndarray, top_n: int, dtype: torch.dtype = torch.float64) -> TeacherRows:
+    """What a cache of unlimited precision would hold of these teacher logits `[R, V]`."""
+    found = [reference.position_statistics(row, int(g), top_n) for row, g in zip(teacher, gold, strict=True)]
+    return TeacherRows(
+        gold=torch.tensor(gold),
+        gold_logprob=torch.tensor([f["gold_logprob"] for f in found], dtype=dtype),
+        tail_logmass=torch.tensor([f["tail_logmass"] for f in found], dtype=dtype),
+        top_ids=torch.tensor(np.array([f["top_ids"] for f in found])),
+        top_logprobs=torch.tensor(np.array([f["top_logprobs"] for f in found]), dtype=dtype),
+    )
+
+
+def random_pair(rows: int, vocabulary: int, scale: float, seed: int = 0):
+    generator = np.random.default_rng(seed)
+    teacher, student = generator.standard_normal((2, rows, vocabulary)) * scale
+    return teacher, student, generator.integers(0, vocabulary, rows)
+
+
+@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("top_n", [1, 5, 29, 30])
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_equal_to_the_reference(tail: str, top_n: int, scale: float) -> None:
+    """N = 1 .. V, gold inside and outside the top-N."""
+    teacher, student, gold = random_pair(20, 30, scale)
+    gold[:10] = teacher[:10].argmax(1)
+    rows = kept_rows(teacher, gold, top_n)
+    found = divergences(torch.tensor(student), rows, teacher_terms(rows, tail, torch.float64))
+    terms = {"bucket": reference.bucket_terms, "drop": reference.drop_terms}[tail]
+    for row in range(len(gold)):
+        kept = reference.position_statistics(teacher[row], int(gold[row]), top_n)["top_ids"]
+        tkd, dkd = terms(teacher[row], student[row], int(gold[row]), kept)
+        np.testing.assert_allclose(found.tkd[row], tkd, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.dkd[row], dkd, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.ce[row], -reference.log_softmax(student[row])[gold[row]], rtol=1e-12)
+
+
+def test_kl_is_tkd_plus_unc_times_dkd() -> None:
+    teacher, student, gold = random_pair(50, 40, 3.0)
+    rows = kept_rows(teacher, gold, 40)
+    terms = teacher_terms(rows, "bucket", torch.float64)
+    found = divergences(torch.tensor(student), rows, terms)
+    kl = [reference.kl(p, q) for p, q in zip(teacher, student, strict=True)]
+    np.testing.assert_allclose(found.tkd + terms.unc * found.dkd, kl, rtol=1e-10)
+
+
+def test_bucket_is_a_lower_bound_that_grows_with_n() -> None:
+    teacher, student, gold = random_pair(30, 64, 2.0)
+    exact = np.array([reference.kl(p, q) for p, q in zip(teacher, student, strict=True)])
+    last = np.zeros(30)
+    for top_n in (1, 4, 16, 48, 64):
+        rows = kept_rows(teacher, gold, top_n)
+        terms = teacher_terms(rows, "bucket", torch.float64)
+        found = divergences(torch.tensor(student), rows, terms)
+        kl = (found.tkd + terms.unc * found.dkd).numpy()
+        assert (kl >= last - 1e-12).all()
+        assert (kl <= exact + 1e-12).all()
+        last = kl
+    np.testing.assert_allclose(last, exact, rtol=1e-10)
+
+
+@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("top_n", [1, 3, 9])
+def test_gradcheck(tail: str, top_n: int) -> None:
+    teacher, student, gold = random_pair(6, 9, 2.0)
+    rows = kept_rows(teacher, gold, top_n)
+    terms = teacher_terms(rows, tail, torch.float64)
+
+    def total(logits: torch.Tensor) -> torch.Tensor:
+        found = divergences(logits, rows, terms)
+        return torch.stack([found.tkd, found.dkd, found.ce])
+
+    assert torch.autograd.gradcheck(total, (torch.tensor(student, requires_grad=True),))
+
+
+@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("sure", [1e-9, 1.0 - 1e-9])
+@pytest.mark.parametrize("top_n", [1, 4, 50])
+def test_extreme_gold_in_float32(tail: str, sure: float, top_n: int) -> None:
+    """Gold with probability 1e-9 and 1 - 1e-9: finite, close to float64, and with a finite gradient."""
+    vocabulary, gold = 50, np.array([7])
+    teacher = np.random.default_rng(0).standard_normal((1, vocabulary))
+    rest = np.delete(teacher[0], 7)
+    teacher[0, 7] = np.log(np.exp(rest).sum()) + np.log(sure) - np.log1p(-sure)
+    student = np.random.default_rng(1).standard_normal((1, vocabulary))
+    rows = kept_rows(teacher, gold, top_n, torch.float32)
+    logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
+    found = divergences(logits, rows, teacher_terms(rows, tail))
+    if not (tail == "drop" and top_n == 1 and sure > 0.5):  # then drop keeps gold alone and nothing is left of UNC
+        kept = reference.position_statistics(teacher[0], 7, top_n)["top_ids"]
+        terms = {"bucket": reference.bucket_terms, "drop": reference.drop_terms}[tail]
+        tkd, dkd = terms(teacher[0], student[0], 7, kept)
+        np.testing.assert_allclose(found.tkd.item(), tkd, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.dkd.item(), dkd, rtol=1e-4, atol=1e-5)
+    (found.tkd + found.dkd + found.ce).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("tail", TAIL_MODES)
+def test_a_certain_teacher_has_no_dkd(tail: str) -> None:
+    """p(gold) = 1 exactly: the non-gold distribution does not exist, DKD counts as 0 and TKD is -log q."""
+    rows = TeacherRows(
+        torch.tensor([2]),
+        torch.tensor([0.0]),
+        torch.tensor([float("-inf")]),
+        torch.tensor([[2]]),
+        torch.tensor([[0.0]]),
+    )
+    logits = torch.randn(1, 6, requires_grad=True)
+    found = divergences(logits, rows, teacher_terms(rows, tail))
+    assert found.dkd.item() == 0
+    torch.testing.assert_close(found.tkd, found.ce)
+    (found.tkd + found.dkd).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_padding_entries_change_nothing() -> None:
+    """A position with fewer entries than the widest is padded with -inf, whatever id stands there."""
+    teacher, student, gold = random_pair(8, 20, 2.0)
+    rows = kept_rows(teacher, gold, 4)
+    padded = TeacherRows(
+        rows.gold,
+        rows.gold_logprob,
+        rows.tail_logmass,
+        torch.cat([rows.top_ids, torch.full((8, 3), 19)], 1),
+        torch.cat([rows.top_logprobs, torch.full((8, 3), float("-inf"), dtype=torch.float64)], 1),
+    )
+    for tail in TAIL_MODES:
+        plain = divergences(torch.tensor(student), rows, teacher_terms(rows, tail, torch.float64))
+        found = divergences(torch.tensor(student), padded, teacher_terms(padded, tail, torch.float64))
+        torch.testing.assert_close(found.dkd, plain.dkd)
+        torch.testing.assert_close(found.tkd, plain.tkd)
+
+
+def test_a_wider_student_spreads_into_its_own_tail() -> None:
+    """A head padded beyond the teacher's vocabulary: the teacher has no mass there, the student pays for its own."""
+    teacher, student, gold = random_pair(6, 16, 1.0)
+    wide = np.concatenate([student, np.random.default_rng(9).standard_normal((6, 8))], 1)
+    rows = kept_rows(teacher, gold, 16)
+    found = divergences(torch.tensor(wide), rows, teacher_terms(rows, "bucket", torch.float64))
+    padded = np.concatenate([teacher, np.full((6, 8), -np.inf)], 1)
+    for row in range(6):
+        np.testing.assert_allclose(found.dkd[row], reference.dkd(padded[row], wide[row], int(gold[row])), rtol=1e-9)
+        np.testing.assert_allclose(found.tkd[row], reference.tkd(padded[row], wide[row], int(gold[row])), rtol=1e-9)

@@ -1,0 +1,97 @@
+"""Objectives as weighted sums, and the ranks behind them, against the plain definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import ranking
+from stages.divergence import divergences, teacher_terms
+from stages.objective import NORMALIZATIONS, OBJECTIVES, Objective, coefficients, weighted_sum
+from tests import reference
+from tests.stages.test_divergence import kept_rows, random_pair
+
+
+def loss(objective: Objective, teacher: np.ndarray, student: torch.Tensor, gold: np.ndarray) -> torch.Tensor:
+    """The objective on a micro-batch whose kept set is the whole vocabulary."""
+    rows = kept_rows(teacher, gold, teacher.shape[1])
+    terms = teacher_terms(rows, objective.tail, torch.float64)
+    hard = torch.tensor(ranking.is_hard(rows.gold_logprob.numpy(), objective.hard_ratio))
+    return weighted_sum(divergences(student, rows, terms), coefficients(objective, terms.unc, hard))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+def test_equal_to_the_plain_definition(name: str, normalize: str, ce_weight: float) -> None:
+    teacher, student, gold = random_pair(11, 17, 2.0)
+    objective = Objective(name=name, normalize=normalize, ce_weight=ce_weight, hard_ratio=0.4, easy_weight=0.3)
+    logits = torch.tensor(student, requires_grad=True)
+    found = loss(objective, teacher, logits, gold)
+    options = {"hard_ratio": 0.4, "easy_weight": 0.3, "normalize": normalize}
+    expected = reference.objective_loss(name, teacher, student, gold, ce_weight, **options)
+    np.testing.assert_allclose(found.item(), expected, rtol=1e-9)
+    found.backward()
+    gradient = reference.gradient_on_logits(name, teacher, student, gold, ce_weight, **options)
+    np.testing.assert_allclose(logits.grad, gradient, atol=2e-8)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("hard_ratio", [0.0, 0.5, 1.0])
+def test_atkd_with_ties_and_an_empty_group(normalize: str, hard_ratio: float) -> None:
+    teacher, student, gold = random_pair(8, 9, 1.5)
+    teacher[3:7], gold[3:7] = teacher[3], gold[3]  # four tokens of one and the same UNC
+    objective = Objective(hard_ratio=hard_ratio, normalize=normalize)
+    found = loss(objective, teacher, torch.tensor(student), gold)
+    expected = reference.atkd_loss(teacher, student, gold, 0.2, hard_ratio, normalize)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert torch.isfinite(found)
+
+
+def test_one_token_is_hard_and_alone() -> None:
+    teacher, student, gold = random_pair(1, 9, 1.5)
+    found = loss(Objective(), teacher, torch.tensor(student), gold)
+    expected = 0.8 * (
+        reference.tkd(teacher[0], student[0], int(gold[0])) + reference.dkd(teacher[0], student[0], int(gold[0]))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_token_normalisation_adds_up_over_micro_batches() -> None:
+    """Two micro-batches divided by the tokens of the step give the loss of both at once: no double division."""
+    teacher, student, gold = random_pair(10, 9, 1.5)
+    objective = Objective("kl", normalize="token")
+    whole = loss(objective, teacher, torch.tensor(student), gold)
+    parts = []
+    for part in (slice(0, 3), slice(3, 10)):
+        rows = kept_rows(teacher[part], gold[part], 9)
+        terms = teacher_terms(rows, "bucket", torch.float64)
+        weights = coefficients(objective, terms.unc, torch.zeros(len(rows), dtype=torch.bool), step_tokens=10)
+        parts.append(weighted_sum(divergences(torch.tensor(student[part]), rows, terms), weights))
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@given(
+    st.lists(st.floats(-50, 0, width=32) | st.sampled_from([-1.0, -2.0]), max_size=40),
+    st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.6, 0.9, 1.0]),
+)
+def test_hard_tokens_equal_the_reference(gold_logprob: list[float], ratio: float) -> None:
+    values = np.array(gold_logprob, np.float32)
+    # The reference ranks by any number that rises with UNC.
+    assert ranking.is_hard(values, ratio).tolist() == reference.is_hard(-values.astype(np.float64), ratio).tolist()
+
+
+def test_hard_by_sequence_ranks_each_on_its_own() -> None:
+    values = np.log(np.array([0.9, 0.8, 0.7, 0.1, 0.2, 0.3, 0.4]))
+    hard = ranking.is_hard_by_sequence(values, [3, 4], 0.5)
+    assert hard.tolist() == [False, True, True, True, True, False, False]
+    assert ranking.is_hard(values, 0.5).tolist() == [False, False, False, True, True, True, True]
+
+
+def test_very_sure_tokens_still_have_an_order() -> None:
+    """1 - p is 0 in float32 for all three; log p is not."""
+    values = -np.array([1e-10, 1e-9, 1e-8], np.float32)
+    assert ranking.is_hard(values, 1 / 3).tolist() == [False, False, True]

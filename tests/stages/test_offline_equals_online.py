@@ -1,0 +1,119 @@
+"""With the whole vocabulary kept, training from the cache is training from the live teacher: loss and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+from stages.divergence import divergences, teacher_terms
+from stages.objective import NORMALIZATIONS, OBJECTIVES, Objective, coefficients, weighted_sum
+from stages.shard_dataset import Collator, ShardDataset, corpus_threshold, teacher_rows
+from stages.training import student_logits
+from tests.conftest import VOCABULARY, Tiny
+
+
+@pytest.fixture(scope="module")
+def full_cache(tiny: Tiny, make_cache: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_cache(tmp_path_factory.mktemp("full") / "cache", top_n=VOCABULARY, logprob_bits=32, limit=12)
+
+
+def load(path: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def online_loss(teacher, student, sequences, objective: Objective) -> torch.Tensor:
+    """The objective from both models' full logits, each sequence alone, straight from the definitions."""
+    tkd, dkd, ce, unc = [], [], [], []
+    for sequence in sequences:
+        ids = torch.tensor(sequence.input_ids, dtype=torch.long)[None]
+        with torch.no_grad():
+            log_p = log_softmax(teacher(ids).logits[0, :-1].double(), -1)
+        logits = student(ids).logits[0, :-1]
+        log_q = log_softmax(logits.double(), -1)
+        gold = ids[0, 1:, None]
+        gp, gq = log_p.gather(1, gold), log_q.gather(1, gold)
+        others = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, gold, False)
+        rest_p = log_p[others].view(len(gold), -1)
+        rest_q = log_q[others].view(len(gold), -1)
+        np_, nq = rest_p.logsumexp(1, keepdim=True), rest_q.logsumexp(1, keepdim=True)
+        tkd.append((gp.exp() * (gp - gq) + np_.exp() * (np_ - nq)).squeeze(1))
+        hat_p, hat_q = rest_p - np_, rest_q - nq
+        dkd.append((hat_p.exp() * (hat_p - hat_q)).sum(1))
+        ce.append(cross_entropy(logits.double(), gold.squeeze(1), reduction="none"))
+        unc.append(np_.exp().squeeze(1))
+    tkd, dkd, ce, unc = (torch.cat(parts) for parts in (tkd, dkd, ce, unc))
+    total = len(unc)
+    extra = objective.ce_weight * ce.mean()
+    if objective.name != "atkd":
+        plain = {"ce": ce, "kl": tkd + unc * dkd, "tkd": tkd, "dkd": dkd, "tkd+dkd": tkd + dkd}
+        return plain[objective.name].mean() + extra
+    hard = unc >= unc.sort(descending=True).values[int(np.ceil(objective.hard_ratio * total)) - 1]
+    easy_sum, hard_sum = dkd[~hard].sum(), (tkd + dkd)[hard].sum()
+    if objective.normalize == "group":
+        easy_sum, hard_sum = easy_sum / (~hard).sum().clamp(min=1), hard_sum / hard.sum().clamp(min=1)
+    else:
+        easy_sum, hard_sum = easy_sum / total, hard_sum / total
+    return objective.easy_weight * easy_sum + (1 - objective.easy_weight) * hard_sum + extra
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, full_cache: Any, tiny: Tiny) -> None:
+    objective = Objective(name=name, normalize=normalize, ce_weight=0.1)
+    dataset = ShardDataset(full_cache, np.arange(full_cache.manifest.corpus.sequences))
+    # Different lengths, so that the batch is padded.
+    sequences = sorted((dataset[i] for i in range(len(dataset))), key=lambda s: len(s.input_ids))
+    sequences = [sequences[0], sequences[5], sequences[-1]]
+    student = load(tiny.student)
+    batch = Collator(objective, VOCABULARY)(sequences)
+    rows = teacher_rows(batch)
+    terms = teacher_terms(rows, objective.tail)
+    weights = coefficients(objective, terms.unc, batch["is_hard"])
+    offline = weighted_sum(divergences(student_logits(student, batch), rows, terms), weights)
+    offline.backward()
+
+    twin = load(tiny.student)
+    online = online_loss(load(tiny.teacher), twin, sequences, objective)
+    online.backward()
+    assert offline.item() == pytest.approx(online.item(), abs=1e-5, rel=1e-5)
+    for (parameter, ours), theirs in zip(student.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+def test_corpus_scope_is_the_same_however_batches_are_formed(full_cache: Any) -> None:
+    objective = Objective(rank_scope="corpus")
+    dataset = ShardDataset(full_cache, np.arange(full_cache.manifest.corpus.sequences))
+    threshold = corpus_threshold(full_cache, dataset.sequence_ids, 0.5)
+    collator = Collator(objective, VOCABULARY, threshold)
+    alone = torch.cat([collator([dataset[i]])["is_hard"] for i in range(len(dataset))])
+    together = collator([dataset[i] for i in range(len(dataset))])["is_hard"]
+    assert torch.equal(alone, together)
+    assert 0.5 <= together.float().mean() < 0.51
+
+
+def test_sequence_scope_ranks_inside_each_sequence(full_cache: Any) -> None:
+    dataset = ShardDataset(full_cache, np.arange(4))
+    batch = Collator(Objective(rank_scope="sequence"), VOCABULARY)([dataset[i] for i in range(4)])
+    for sequence in range(4):
+        inside = batch["sequence_of"] == sequence
+        assert batch["is_hard"][inside].sum() == np.ceil(0.5 * int(inside.sum()))
+
+
+def test_entries_beyond_a_narrower_student_join_the_tail(full_cache: Any) -> None:
+    """The teacher's head is padded further than the student's: what only it has is mass outside the kept set."""
+    dataset = ShardDataset(full_cache, np.arange(2))
+    sequences = [dataset[0], dataset[1]]
+    whole = Collator(Objective(), VOCABULARY)(sequences)
+    narrow = Collator(Objective(), 400)(sequences)
+    assert narrow["top_ids"].max() < 400
+    total = narrow["top_logprobs"].exp().sum(1) + narrow["tail_logmass"].exp()
+    torch.testing.assert_close(total, torch.ones(len(total)), atol=1e-4, rtol=0)
+    assert torch.equal(narrow["gold"], whole["gold"])

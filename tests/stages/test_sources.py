@@ -1,0 +1,347 @@
+"""Every kind of source, every way it can be broken, and that nothing stale or half-read is served."""
+
+import datetime
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from stages import sources
+from stages.sources import decode_columns, load_rows
+from storage.errors import RunError, UserError
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, columns: dict) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def texts(rows) -> list:
+    return [rows[i]["text"] for i in range(len(rows))]
+
+
+def refusal(*args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        load_rows(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith("."), message
+    return message
+
+
+# ---- what can be read ----
+
+
+def test_json_lines_keep_order_types_and_blank_lines_do_not_count(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "one", "n": 1}\r\n\n  \n{"text": "t\xc3\xbao\\u2028", "n": "x"}\n{"m": null}'
+    )
+    rows = load_rows(str(path))
+    assert len(rows) == 3
+    assert rows[0] == {"text": "one", "n": 1}
+    assert rows[1] == {"text": "túo\u2028", "n": "x"}  # mixed types stay as they are
+    assert rows[2] == rows[-1] == {"m": None}
+    assert rows.column_names == ("text", "n", "m")
+    assert rows.origin.where(1) == f"row 2 of {path}"
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+def test_zst_is_streamed_over_frames_and_chunks(tmp_path):
+    lines = [{"text": f"{i} " + "x" * random.Random(i).randrange(3000)} for i in range(2000)]
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path = tmp_path / "a.jsonl.zst"
+    half = len(data) // 2
+    path.write_bytes(zstandard.compress(data[:half]) + zstandard.compress(data[half:]))
+    rows = load_rows(str(path))
+    assert texts(rows) == [line["text"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a"}, {"text": "b"}]',
+        '\n [\n {"text": "a"},\n{"text": "b"}]\n',
+        '{"text": "a"}\n{"text": "b"}\n',
+    ],
+)
+def test_json_as_list_or_lines(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert texts(load_rows(str(tmp_path / "a.json"))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"}', '{\n  "text": "a"\n}\n'])
+def test_json_of_one_object(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert texts(load_rows(str(tmp_path / "a.json"))) == ["a"]
+
+
+def test_txt_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    rows = load_rows(str(tmp_path / "a.txt"))
+    assert texts(rows) == ["one\ntwo\n"] and rows.column_names == ("text",)
+
+
+def test_parquet_with_dictionary_columns_and_widened_types(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"text": pa.array(["a", "b"]).dictionary_encode(), "n": [1, 2]})
+    write_parquet(tmp_path / "b.parquet", {"n": [1.5], "text": pa.array(["c"], pa.large_string())})
+    rows = load_rows(str(tmp_path))
+    assert texts(rows) == ["a", "b", "c"] and rows[2]["n"] == 1.5
+    assert rows.origin.where(2) == f"row 1 of {tmp_path}/b.parquet"
+    assert decode_columns(rows.dataset[0:3], ["text"], rows.encoded) == [["a", "b", "c"]]
+
+
+def test_folder_is_recursive_sorted_and_mixed(tmp_path):
+    write_lines(tmp_path / "b.jsonl", [{"text": "b1"}, {"text": "b2", "note": 3}])
+    write_parquet(tmp_path / "a.parquet", {"text": ["a"], "day": [datetime.date(2020, 1, 1)]})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "z.txt").write_text("c")
+    for ignored in ("README.md", ".hidden.csv", "LICENSE", "_SUCCESS"):
+        (tmp_path / ignored).write_text("ignored")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.txt").write_text("ignored")
+    rows = load_rows(str(tmp_path))
+    assert texts(rows) == ["a", "b1", "b2", "c"]
+    assert rows.origin.where(2) == f"row 2 of {tmp_path}/b.jsonl"
+    rows.require(["text"])
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'note'"):
+        rows.require(["note"])
+
+
+def test_save_to_disk_folders(tmp_path):
+    saved = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"validation": saved}).save_to_disk(tmp_path / "dict")
+    assert texts(load_rows(str(tmp_path / "one"))) == ["a", "b"]
+    assert texts(load_rows(str(tmp_path / "dict"), split="validation")) == ["a", "b"]
+    assert refusal(str(tmp_path / "dict")).endswith("has no split 'train'; choose one of: validation.")
+    assert "has no split 'test'" in refusal(str(tmp_path / "one"), split="test")
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 99])
+def test_limit_is_over_all_files(tmp_path, limit):
+    for name in "abc":
+        write_lines(tmp_path / "lines" / f"{name}.jsonl", [{"text": name + "1"}, {"text": name + "2"}])
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        write_parquet(tmp_path / "parquet" / f"{name}.parquet", {"text": [name + "1", name + "2"]})
+    expected = ["a1", "a2", "b1", "b2", "c1", "c2"][:limit]
+    assert texts(load_rows(str(tmp_path / "lines"), limit=limit)) == expected
+    assert texts(load_rows(str(tmp_path / "parquet"), limit=limit)) == expected
+
+
+def test_limit_reads_no_further(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\nbroken')
+    assert len(load_rows(str(tmp_path / "a.jsonl"), limit=1)) == 1
+
+
+def test_rows_are_memory_mapped_and_their_scratch_goes_away(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 20000)
+    before = pa.total_allocated_bytes()
+    rows = load_rows(str(path))
+    assert pa.total_allocated_bytes() - before < 1 << 20
+    folder = rows.scratch.name
+    assert os.path.exists(folder)
+    rows.close()
+    assert not os.path.exists(folder) and len(rows[19999]["text"]) == 1000  # what is mapped stays readable
+    folder = load_rows(str(path)).scratch.name
+    gc.collect()
+    assert not os.path.exists(folder)
+
+
+# ---- caches ----
+
+
+def test_changed_content_is_not_served_stale(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "old"}])
+    stat = path.stat()
+    assert texts(load_rows(str(path))) == ["old"]
+    write_lines(path, [{"text": "new"}])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert texts(load_rows(str(path))) == ["new"]
+
+
+def test_unwritable_cache_is_not_fatal_and_nothing_lies_beside_the_source(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    monkeypatch.delenv("TMPDIR", raising=False)
+    path = write_lines(tmp_path / "data" / "a.jsonl", [{"text": "a"}])
+    rows = load_rows(str(path))
+    assert texts(rows) == ["a"]
+    assert os.listdir(path.parent) == ["a.jsonl"]
+    assert sources._hub_cache(rows.scratch.name) == os.path.join(rows.scratch.name, "hub")
+
+
+def test_no_scratch_at_all_and_a_full_disk(tmp_path, monkeypatch):
+    import errno
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_write_json", full)
+        with pytest.raises(RunError, match=r"disk under .* is full"):
+            load_rows(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "makedirs", full)
+        with pytest.raises(RunError, match="set TMPDIR"):
+            load_rows(str(path))
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing.jsonl", "no thing", "~nobody/x"]
+)
+def test_missing_path(name):
+    assert refusal(name) == f"There is no file or folder {name}; check the path."
+
+
+def test_unknown_hub_name_offline(tmp_path):
+    code = (
+        "from stages.sources import load_rows\nfrom storage.errors import UserError\n"
+        "try: load_rows('no-such/corpus')\nexcept UserError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout.startswith("no-such/corpus is no file or folder here, and no data set of that name"), (
+        done
+    )
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_hub_name_config_and_split(tmp_path, monkeypatch):
+    write_lines(tmp_path / "data" / "train.jsonl", [{"text": "a"}, {"text": "b"}])
+    write_lines(tmp_path / "data" / "test.jsonl", [{"text": "t"}])
+    real, asked = datasets.load_dataset, []
+
+    def load_dataset(name, config, split, cache_dir):
+        asked.append((name, config, split))
+        return real(str(tmp_path / "data"), split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts(load_rows("owner/name:config", limit=1)) == ["a"]
+    assert texts(load_rows("name", split="test")) == ["t"]
+    assert asked == [("owner/name", "config", "train"), ("name", None, "test")]
+    assert refusal("name", split="dev") == "The data set name has no split 'dev'; choose one of: train, test."
+    assert load_rows("name").origin.where(0) == "row 1 of name"
+
+
+def test_hub_config_is_asked_for(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nmore"
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert refusal("name").endswith("as NAME:CONFIG; choose one of: en, de.")
+
+
+def test_no_rows(tmp_path):
+    for name, content in (("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]")):
+        (tmp_path / name).write_text(content)
+        assert "has no rows" in refusal(str(tmp_path / name))
+    write_parquet(tmp_path / "d.parquet", {"text": pa.array([], pa.string())})
+    assert "has no rows" in refusal(str(tmp_path / "d.parquet"))
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.999])
+def test_truncated_zst_says_where(tmp_path, keep):
+    text = "".join(json.dumps({"text": str(random.Random(i).random())}) + "\n" for i in range(50000)).encode()
+    data = zstandard.compress(text)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(data[: int(len(data) * keep)])
+    message = refusal(str(path))
+    assert message.startswith(f"{path} breaks off after row ") and "cut short" in message
+    assert 0 < int(message.split("after row ")[1].split(":")[0]) < 50000
+
+
+def test_damaged_and_empty_zst(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b'{"text": "not compressed"}')
+    assert "after row 0: its compressed data is damaged" in refusal(str(path))
+    path.write_bytes(b"")
+    assert "after row 0: its compressed data is cut short" in refusal(str(path))
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": \n')
+    assert refusal(str(path)).startswith(f"{path}, line 3, column 9 is not valid JSON (Expecting value)")
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n{"text" 1}]')
+    assert f"{path}, line 2, column 9" in refusal(str(path))
+    path.write_text('{"text": "a"}\n{')
+    assert f"{path}, line 2" in refusal(str(path))
+    path = tmp_path / "b.jsonl"
+    path.write_text("[" * 100000)
+    assert f"{path}, line 1 is not valid JSON" in refusal(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("[1]", "a list"), ('"x"', "text"), ("3", "a number"), ("null", "null"), ("true", "a boolean")],
+)
+def test_row_that_is_no_object(tmp_path, value, kind):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + value)
+    assert refusal(str(path)).startswith(f"{path}, line 2 is {kind}, not an object")
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "a"}}, {value}]')
+    assert refusal(str(path)).startswith(f"row 2 of {path} is {kind}, not an object")
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_bytes(b'{"text": "a"}\n{"text": "\xff"}')
+        assert f"{tmp_path / name}, line 2 is not UTF-8" in refusal(str(tmp_path / name))
+
+
+def test_unknown_split_limit_ending_and_folder(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    assert refusal(str(path), split="test").startswith(f"{path} has no split 'test'; choose one of: train")
+    assert len(load_rows(str(path), split="train")) == 1
+    assert "limit is 0" in refusal(str(path), limit=0)
+    (tmp_path / "b.csv").write_text("text\na")
+    assert f"{tmp_path}/b.csv has an ending that is not supported" in refusal(str(tmp_path / "b.csv"))
+    assert f"{tmp_path}/b.csv has an ending that is not supported" in refusal(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").write_text("")
+    assert "has no data files" in refusal(str(tmp_path / "empty"))
+
+
+def test_parquet_that_is_broken_or_disagrees(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    assert f"{tmp_path}/a.parquet is not a readable Parquet file" in refusal(str(tmp_path))
+    write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
+    write_parquet(tmp_path / "b.parquet", {"words": ["a"]})
+    assert f"{tmp_path}/b.parquet has the columns words" in refusal(str(tmp_path))
+    write_parquet(tmp_path / "b.parquet", {"text": [["a"]]})
+    assert f"The columns of {tmp_path}/b.parquet do not fit" in refusal(str(tmp_path))
+
+
+def test_nothing_is_printed_when_piped(tmp_path, capfd):
+    load_rows(str(write_lines(tmp_path / "a.jsonl", [{"text": "a"}] * 5000)))
+    assert capfd.readouterr() == ("", "")

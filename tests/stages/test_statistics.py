@@ -1,0 +1,146 @@
+"""The teacher's statistics against the float64 reference, at ordinary and extreme positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
+from tests import reference
+
+
+def statistics(logits: np.ndarray, gold: np.ndarray, options: StatisticsOptions, **more):
+    return row_statistics(torch.tensor(logits, dtype=torch.float32), torch.tensor(gold), options, **more)
+
+
+def random_rows(rows: int, vocabulary: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    # Rounded to float32 first, so that the reference sees the very same logits.
+    logits = (generator.standard_normal((rows, vocabulary)) * scale).astype(np.float32).astype(np.float64)
+    return logits, generator.integers(0, vocabulary, rows)
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
+@pytest.mark.parametrize("top_n", [1, 7, 301])
+def test_equal_to_the_reference(scale: float, top_n: int) -> None:
+    logits, gold = random_rows(12, 301, scale)
+    found = statistics(logits, gold, StatisticsOptions(top_n, temperatures=(2.0, 4.0, 0.5)))
+    for row in range(len(gold)):
+        expected = reference.position_statistics(logits[row], int(gold[row]), top_n, (2.0, 4.0, 0.5))
+        assert found.top_ids[row].tolist() == list(expected["top_ids"])
+        np.testing.assert_allclose(found.top_logprobs[row], expected["top_logprobs"], atol=2e-5, rtol=1e-6)
+        np.testing.assert_allclose(found.gold_logprob[row], expected["gold_logprob"], atol=2e-5, rtol=1e-6)
+        np.testing.assert_allclose(found.entropy[row], expected["entropy"], atol=2e-5)
+        np.testing.assert_allclose(found.tail_logmass[row], expected["tail_logmass"], atol=2e-5, rtol=1e-6)
+        for column, temperature in enumerate((2.0, 4.0, 0.5)):
+            np.testing.assert_allclose(
+                found.tail_logmass_at[row, column], expected["tail_logmass_T"][temperature], atol=3e-5, rtol=1e-6
+            )
+
+
+def test_a_sure_teacher_keeps_the_digits_of_its_uncertainty() -> None:
+    """Gold with probability 1 - 1e-9 and 1e-9: `1 - p` in float32 would be 0 and the ranks lost."""
+    logits = np.full((2, 1001), 0.0)
+    logits[0, 5] = np.log(1000 / 1e-9)  # p(5) = 1 - 1e-9
+    logits[1, 5] = np.log(1000 / 1e-9)
+    found = statistics(logits, np.array([5, 6]), StatisticsOptions(4))
+    np.testing.assert_allclose(-np.expm1(found.gold_logprob[0].double().numpy()), 1e-9, rtol=1e-5)
+    np.testing.assert_allclose(found.gold_logprob[1], np.log(1e-12), rtol=1e-6)
+    np.testing.assert_allclose(found.tail_logmass[0], np.log(997e-12), rtol=1e-6)
+
+
+def test_tail_is_empty_when_everything_is_kept() -> None:
+    logits, gold = random_rows(5, 40, 2.0)
+    everything = statistics(logits, gold, StatisticsOptions(40, temperatures=(2.0,)))
+    assert torch.isneginf(everything.tail_logmass).all()
+    assert torch.isneginf(everything.tail_logmass_at).all()
+    # 39 of 40, and the one left out is gold.
+    gold = logits.argmin(1)
+    assert torch.isneginf(statistics(logits, gold, StatisticsOptions(39)).tail_logmass).all()
+
+
+def test_vocabulary_beyond_16_bits() -> None:
+    logits, _ = random_rows(3, 70_001, 3.0)
+    gold = np.array([70_000, 65_536, 3])
+    logits[0, 70_000] = 40.0
+    found = statistics(logits, gold, StatisticsOptions(5))
+    assert found.top_ids[0, 0] == 70_000
+    for row in range(3):
+        expected = reference.position_statistics(logits[row], int(gold[row]), 5)
+        np.testing.assert_allclose(found.tail_logmass[row], expected["tail_logmass"], atol=3e-5, rtol=1e-5)
+
+
+def test_masked_logits_leave_the_entropy_finite() -> None:
+    """Heads padded to a round width give -inf, or the most negative float, at ids that do not exist."""
+    logits, gold = random_rows(4, 64, 2.0)
+    padded = np.concatenate([logits, np.full((4, 8), -np.inf)], 1)
+    found = statistics(padded, gold, StatisticsOptions(10))
+    expected = statistics(logits, gold, StatisticsOptions(10))
+    torch.testing.assert_close(found.entropy, expected.entropy)
+    torch.testing.assert_close(found.tail_logmass, expected.tail_logmass)
+
+
+def test_ties_keep_the_order_descending_and_gold_its_entry() -> None:
+    """bf16 logits tie often; the order stays non-increasing and gold's mass is counted once."""
+    logits, gold = random_rows(200, 997, 1.5)
+    tied = torch.tensor(logits).bfloat16()
+    found = row_statistics(tied, torch.tensor(gold), StatisticsOptions(20))
+    assert (found.top_logprobs.diff(dim=1) <= 0).all()
+    assert all(len(set(ids)) == 20 for ids in found.top_ids.tolist())
+    outside = ~(found.top_ids == torch.tensor(gold)[:, None]).any(1)
+    total = found.top_logprobs.exp().sum(1) + found.tail_logmass.exp() + outside * found.gold_logprob.exp()
+    torch.testing.assert_close(total, torch.ones(200), atol=1e-5, rtol=0)
+
+
+def test_prior_sum_is_the_sum_of_the_tails_of_the_chosen_rows() -> None:
+    logits, gold = random_rows(30, 97, 2.0)
+    chosen = np.arange(30) % 3 == 0
+    prior = torch.zeros(97, dtype=torch.float64)
+    statistics(logits, gold, StatisticsOptions(6), prior_sum=prior, prior_rows=torch.tensor(chosen))
+    expected = np.zeros(97)
+    for row in np.flatnonzero(chosen):
+        p = np.exp(reference.log_softmax(logits[row]))
+        p[reference.position_statistics(logits[row], int(gold[row]), 6)["top_ids"]] = 0
+        p[gold[row]] = 0
+        expected += p
+    np.testing.assert_allclose(prior, expected, atol=1e-5)
+
+
+def test_tail_samples_follow_the_tail() -> None:
+    """Chi-square against the true tail; the kept set is never drawn; a replay draws the same."""
+    from scipy.stats import chisquare
+
+    logits, gold = random_rows(1, 700, 1.5, seed=3)
+    options = StatisticsOptions(10, tail_samples=60_000, seed=7)
+    uniforms = torch.tensor(sample_uniforms(np.array([3, int(gold[0])]), options))
+    found = statistics(logits, gold, options, uniforms=uniforms)
+    again = statistics(logits, gold, options, uniforms=uniforms)
+    assert torch.equal(found.tail_samples, again.tail_samples)
+    counts = np.bincount(found.tail_samples[0].numpy(), minlength=700)
+    p = np.exp(reference.log_softmax(logits[0]))
+    p[found.top_ids[0].numpy()] = 0
+    p[gold[0]] = 0
+    assert counts[p == 0].sum() == 0
+    likely = p / p.sum() * 60_000 >= 5
+    rest = (counts[~likely].sum(), p[~likely].sum() / p.sum() * 60_000)
+    observed = np.append(counts[likely], rest[0])
+    expected = np.append(p[likely] / p.sum() * 60_000, rest[1])
+    assert chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_tail_samples_of_an_empty_tail_are_marked() -> None:
+    logits, gold = random_rows(2, 12, 1.0)
+    options = StatisticsOptions(12, tail_samples=3)
+    found = statistics(logits, gold, options, uniforms=torch.rand(2, 3, dtype=torch.float64))
+    assert (found.tail_samples == -1).all()
+
+
+def test_uniforms_depend_on_tokens_and_seed_alone() -> None:
+    ids = np.arange(9)
+    options = StatisticsOptions(1, tail_samples=4, seed=1)
+    assert np.array_equal(sample_uniforms(ids, options), sample_uniforms(ids.astype(np.int32), options))
+    assert sample_uniforms(ids, options).shape == (8, 4)
+    assert not np.array_equal(sample_uniforms(ids, options), sample_uniforms(ids + 1, options))
+    other = StatisticsOptions(1, tail_samples=4, seed=2)
+    assert not np.array_equal(sample_uniforms(ids, options), sample_uniforms(ids, other))
