@@ -37,6 +37,8 @@ class BodyAndHead:
     """
 
     def __init__(self, model: PreTrainedModel, *, fp32_head: bool = False) -> None:
+        if hasattr(model, "get_base_model"):  # PEFT keeps its adapters inside the modules of the model it wraps
+            model = model.get_base_model()
         prefix = model.base_model_prefix
         if prefix not in model._modules or model.get_output_embeddings() is None:
             raise UserError(
@@ -53,6 +55,13 @@ class BodyAndHead:
                 raise UserError(f"{type(model).__name__} keeps its output layer inside; score it with --engine vllm")
             self._head._modules[names[0]] = copy.deepcopy(output).float()
             self._head_dtype = torch.float32
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What the head computes with, a weight tied to the embedding included."""
+        modules = [module for module in self._head._modules.values() if module is not None]
+        found = [*self._head._parameters.values(), *(p for module in modules for p in module.parameters())]
+        return [parameter for parameter in found if parameter is not None]
 
     def body(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states `[B, L, H]`. Right padding needs no mask: attention is causal."""

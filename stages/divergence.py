@@ -74,6 +74,9 @@ class TeacherTerms:
     tail: torch.Tensor
     entries: torch.Tensor
 
+    def __getitem__(self, rows: slice | torch.Tensor) -> TeacherTerms:
+        return TeacherTerms(self.gold[rows], self.nongold[rows], self.tail[rows], self.entries[rows])
+
     @property
     def unc(self) -> torch.Tensor:
         return self.nongold.exp()
@@ -97,28 +100,45 @@ def teacher_terms(rows: TeacherRows, tail_mode: TailMode, dtype: torch.dtype = t
     return TeacherTerms(gold, nongold, tail - share, entries - share[:, None])
 
 
-def divergences(logits: torch.Tensor, rows: TeacherRows, teacher: TeacherTerms) -> Divergences:
-    """TKD, DKD and cross-entropy of each row.
+@dataclass
+class StudentTerms:
+    """What any of the divergences needs of the student's logits z, and all that they depend on.
 
-    logits: `[R, V]`, the student's, before softmax; half precisions are computed in float32. V may exceed the
-    teacher's vocabulary (the padding then belongs to the student's tail), and every id in `rows` must be below V.
+    gold: `[R]`, z of the gold token; entries: `[R, N]`, z of the kept non-gold ids, -inf where there is none;
+    tail: `[R]`, log-sum-exp of z over the tail, -inf where it is empty.
+    """
+
+    gold: torch.Tensor
+    entries: torch.Tensor
+    tail: torch.Tensor
+
+
+def kept_ids(rows: TeacherRows) -> torch.Tensor:
+    """int64 `[R, N]`: the top-N ids; padding points at gold, which is in the kept set anyway."""
+    return torch.where(rows.top_logprobs > float("-inf"), rows.top_ids, rows.gold[:, None])
+
+
+def student_terms(logits: torch.Tensor, rows: TeacherRows) -> StudentTerms:
+    """Terms of each row of the student's full logits.
+
+    logits: `[R, V]`, before softmax; half precisions are computed in float32. V may exceed the teacher's vocabulary
+    (the padding then belongs to the student's tail), and every id in `rows` must be below V.
     """
     z = logits if logits.dtype == torch.float64 else logits.float()
-    gold_column = rows.gold[:, None]
-    present = rows.top_logprobs > float("-inf")
-    # A padding entry points at gold, which is in the kept set anyway.
-    kept_ids = torch.where(present, rows.top_ids, gold_column)
-    z_gold = z.gather(1, gold_column).squeeze(1)
-    kept = z.gather(1, kept_ids).masked_fill(kept_ids == gold_column, float("-inf"))
-    outside = z.scatter(1, torch.cat([kept_ids, gold_column], 1), float("-inf"))
-    lse_tail = _logsumexp(outside)
-    lse_nongold = torch.logaddexp(lse_tail, _logsumexp(kept))
-    lse = torch.logaddexp(lse_nongold, z_gold)
+    gold, ids = rows.gold[:, None], kept_ids(rows)
+    entries = z.gather(1, ids).masked_fill(ids == gold, float("-inf"))
+    tail = _logsumexp(z.scatter(1, torch.cat([ids, gold], 1), float("-inf")))
+    return StudentTerms(z.gather(1, gold).squeeze(1), entries, tail)
 
-    log_q_gold = z_gold - lse
-    tkd = _weighted_gap(teacher.gold, log_q_gold) + _weighted_gap(teacher.nongold, lse_nongold - lse)
-    dkd = _weighted_gap(teacher.entries, kept - lse_nongold[:, None]).sum(1)
-    dkd = dkd + _weighted_gap(teacher.tail, lse_tail - lse_nongold)
+
+def divergences(student: StudentTerms, teacher: TeacherTerms) -> Divergences:
+    """TKD, DKD and cross-entropy of each row. The student is normalised over its full vocabulary."""
+    nongold = torch.logaddexp(student.tail, _logsumexp(student.entries))
+    everything = torch.logaddexp(nongold, student.gold)
+    log_q_gold = student.gold - everything
+    tkd = _weighted_gap(teacher.gold, log_q_gold) + _weighted_gap(teacher.nongold, nongold - everything)
+    dkd = _weighted_gap(teacher.entries, student.entries - nongold[:, None]).sum(1)
+    dkd = dkd + _weighted_gap(teacher.tail, student.tail - nongold)
     return Divergences(tkd, dkd, -log_q_gold)
 
 

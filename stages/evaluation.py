@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from stages.divergence import TeacherRows, divergences, teacher_terms
+from stages.distillation_forward import Head
+from stages.divergence import TeacherRows, divergences, student_terms, teacher_terms
+from stages.statistics import rows_per_slice
 
 GROUPS = ("all", "easy", "hard")
 MEASURES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy")
@@ -17,28 +19,38 @@ MEASURES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy")
 
 @torch.no_grad()
 def sums_by_sequence(
-    logits: torch.Tensor, rows: TeacherRows, is_hard: torch.Tensor, sequence_of: torch.Tensor, sequences: int
+    hidden: torch.Tensor,
+    head: Head,
+    rows: TeacherRows,
+    is_hard: torch.Tensor,
+    sequence_of: torch.Tensor,
+    *,
+    sequences: int,
+    vocabulary_size: int,
 ) -> torch.Tensor:
-    """float64 `[sequences, 3, 1 + 4]`: tokens and the sums of MEASURES over each group of GROUPS.
+    """float64 `[sequences, 3, 1 + 4]` on the CPU: tokens and the sums of MEASURES over each group of GROUPS.
 
-    logits `[R, V]`, is_hard bool `[R]`, sequence_of int64 `[R]`. Sums and not means, so that batches, and the copies
-    a distributed loader pads with, can be put together exactly.
+    hidden `[R, H]` and head as in `head_loss`, is_hard bool `[R]`, sequence_of int64 `[R]`. Sums and not means, so
+    that batches, and the copies a distributed loader pads with, can be put together exactly.
     """
-    teacher = teacher_terms(rows, "bucket")
-    terms = divergences(logits, rows, teacher)
-    values = torch.stack(
-        [
-            torch.ones_like(terms.ce),
-            terms.ce,
-            terms.tkd + teacher.unc * terms.dkd,
-            (logits.argmax(1) == rows.top_ids[:, 0]).to(terms.ce),
-            -rows.gold_logprob.to(terms.ce),
-        ],
-        1,
-    ).to("cpu", torch.float64)
+    parts = []
+    size = rows_per_slice(vocabulary_size)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        parts.append(_measures(head(hidden[part]), rows[part]))
+    values = torch.cat(parts).to("cpu", torch.float64)
     hard = is_hard.cpu()
     grouped = torch.stack([values, values * ~hard[:, None], values * hard[:, None]], 1)
     return torch.zeros((sequences, *grouped.shape[1:]), dtype=torch.float64).index_add_(0, sequence_of.cpu(), grouped)
+
+
+def _measures(logits: torch.Tensor, rows: TeacherRows) -> torch.Tensor:
+    """`[R, 1 + 4]`: a one, and each of MEASURES."""
+    teacher = teacher_terms(rows, "bucket")
+    terms = divergences(student_terms(logits, rows), teacher)
+    agrees = logits.argmax(1) == rows.top_ids[:, 0]
+    columns = [torch.ones_like(terms.ce), terms.ce, terms.tkd + teacher.unc * terms.dkd, agrees, -rows.gold_logprob]
+    return torch.stack([column.to(terms.ce) for column in columns], 1)
 
 
 def metrics(sums: torch.Tensor, prefix: str) -> dict[str, float]:

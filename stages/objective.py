@@ -57,6 +57,9 @@ class Coefficients:
     dkd: torch.Tensor
     ce: torch.Tensor
 
+    def __getitem__(self, rows: slice | torch.Tensor) -> Coefficients:
+        return Coefficients(self.tkd[rows], self.dkd[rows], self.ce[rows])
+
 
 def coefficients(
     objective: Objective, unc: torch.Tensor, is_hard: torch.Tensor, step_tokens: torch.Tensor | int | None = None

@@ -12,7 +12,9 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from stages import evaluation
-from stages.divergence import divergences, teacher_terms
+from stages.distillation_forward import Head, install_distillation
+from stages.divergence import StudentTerms, divergences, teacher_terms
+from stages.head_loss import head_loss
 from stages.objective import Objective, coefficients, weighted_sum
 from stages.shard_dataset import Collator, WindowShuffle, teacher_rows
 
@@ -31,6 +33,7 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.objective = objective
         self._eval_collator = eval_collator
+        self._vocabulary_size = install_distillation(self.model)
         self.loss_is_scaled_for_ga = objective.normalize == "token"
         self.trained_positions = 0
         self.evaluation_seconds = 0.0
@@ -47,8 +50,14 @@ class DistillationTrainer(Trainer):
         self.trained_positions += len(rows)
         teacher = teacher_terms(rows, self.objective.tail)
         weights = coefficients(self.objective, teacher.unc, inputs["is_hard"], num_items_in_batch)
-        logits = student_logits(model, inputs)
-        loss = weighted_sum(divergences(logits, rows, teacher), weights)
+
+        def loss_of(student: StudentTerms, part: slice) -> torch.Tensor:
+            return weighted_sum(divergences(student, teacher[part]), weights[part])
+
+        def from_hidden(hidden: torch.Tensor, head: Head, parameters: list[nn.Parameter]) -> torch.Tensor:
+            return head_loss(hidden, head, parameters, rows, loss_of, vocabulary_size=self._vocabulary_size)
+
+        loss = model(distillation=from_hidden, input_ids=inputs["input_ids"], rows=inputs["rows"])
         if self.objective.normalize == "token" and num_items_in_batch is not None:
             # Gradients are averaged over devices, the tokens were counted over all of them.
             loss = loss * self.accelerator.num_processes
@@ -97,11 +106,17 @@ class DistillationTrainer(Trainer):
         sequences = 0
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
+
+            def from_hidden(
+                hidden: torch.Tensor, head: Head, parameters: list[nn.Parameter], inputs: Any = inputs
+            ) -> torch.Tensor:
+                return evaluation.sums_by_sequence(
+                    hidden, head, teacher_rows(inputs), inputs["is_hard"], inputs["sequence_of"],
+                    sequences=len(inputs["input_ids"]), vocabulary_size=self._vocabulary_size,
+                )  # fmt: skip
+
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-                logits = student_logits(model, inputs)
-            sums = evaluation.sums_by_sequence(
-                logits, teacher_rows(inputs), inputs["is_hard"], inputs["sequence_of"], len(inputs["input_ids"])
-            )
+                sums = model(distillation=from_hidden, input_ids=inputs["input_ids"], rows=inputs["rows"])
             # Drops the sequences that the loader repeated to give every device the same number.
             gathered = self.accelerator.gather_for_metrics(sums.to(self.args.device, _gatherable(self.args.device)))
             total += gathered.cpu().double().sum(0)
@@ -111,12 +126,6 @@ class DistillationTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
         self.evaluation_seconds += time.monotonic() - started
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
-
-
-def student_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits `[R, V]` at the stored positions. Right padding needs no mask: attention is causal."""
-    logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
-    return logits.flatten(0, 1)[inputs["rows"]]
 
 
 def _gatherable(device: torch.device) -> torch.dtype:

@@ -33,6 +33,15 @@ SHARDS = "shards"
 TAIL_SUMS = "tail_sums"
 
 
+def sums(rows: Rows) -> tuple[float, float]:
+    """Tail mass and UNC summed over the stored positions, as a receipt says them."""
+    mask = rows["loss_mask"].values
+    tail = rows["tail_logmass"].values[mask].astype(np.float64)
+    gold = rows["gold_logprob"].values[mask].astype(np.float64)
+    # Rounding may lift a sure teacher's log-probability above 0.
+    return float(np.exp(tail).sum()), max(0.0, float(-np.expm1(gold).sum()))
+
+
 class Cache:
     """An opened cache directory. `open` for reading, `create_or_resume` for writing."""
 
@@ -141,6 +150,12 @@ class Cache:
 
     def check_file(self, index: int) -> Receipt:
         """Compare a shard with its receipt, byte for byte. Raises CacheError."""
+        try:
+            return self._check_file(index)
+        except OSError as error:
+            raise CacheError(f"{self.shard_path(index)}: cannot be read ({error.strerror or error})") from None
+
+    def _check_file(self, index: int) -> Receipt:
         receipt = self.receipt(index)
         path = self.shard_path(index)
         if not path.exists():
@@ -162,6 +177,7 @@ class Cache:
         mask = rows["loss_mask"].values
         stored = int(mask.sum())
         written = shard_file.write_shard(self.shard_path(index), rows, self.manifest, index)
+        tail_mass, unc = sums(rows)
         tail_written = None
         if tail_sum is not None:
             metadata = {b"stored_positions": str(stored).encode()}
@@ -177,8 +193,8 @@ class Cache:
             bytes=written.bytes,
             sha256=written.sha256,
             tail_prior_sha256=tail_written.sha256 if tail_written else None,
-            sum_tail_mass=float(np.exp(rows["tail_logmass"].values[mask].astype(np.float64)).sum()),
-            sum_unc=float(-np.expm1(rows["gold_logprob"].values[mask].astype(np.float64)).sum()),
+            sum_tail_mass=tail_mass,
+            sum_unc=unc,
             seconds=seconds,
         )
         write_model(self.receipt_path(index), receipt)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from storage.cache import Cache
+from storage.cache import Cache, sums
 from storage.errors import CacheError
 from storage.shard import value_problems
 
@@ -33,6 +33,8 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
         said = (receipt.rows, receipt.tokens, receipt.stored_positions, receipt.entries)
         if found != said:
             yield f"{cache.receipt_path(index)}: says rows, tokens, positions, entries {said}, the shard has {found}"
+        if not np.allclose(sums(rows), (receipt.sum_tail_mass, receipt.sum_unc), rtol=1e-6, atol=1e-9):
+            yield f"{cache.receipt_path(index)}: says sums of tail mass and UNC that the shard does not have"
         progress(index)
     known = {cache.shard_path(i).name for i in range(len(cache.manifest.shards))}
     for path in sorted((cache.path / "shards").glob("*.parquet")):

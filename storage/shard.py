@@ -86,10 +86,14 @@ def read_shard(path: Path, manifest: Manifest, index: int, columns: Sequence[str
     except FileNotFoundError:
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise CacheError(f"{path}: unreadable as Parquet ({str(error).splitlines()[0][:120]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CacheError(f"{path}: unreadable as Parquet ({reason[:120]})") from None
     if len(table) != manifest.shards[index].sequences:
         raise CacheError(f"{path}: {len(table)} rows, the plan says {manifest.shards[index].sequences}")
-    rows = Rows.from_table(table)
+    try:
+        rows = Rows.from_table(table)
+    except CacheError as error:
+        raise CacheError(f"{path}: {error}") from None
     for problem in structure_problems(rows, manifest, index):
         raise CacheError(f"{path}: {problem}")
     return rows
@@ -100,15 +104,19 @@ def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[s
     first = manifest.shards[index].first
     if not np.array_equal(rows.sequence_id, np.arange(first, first + len(rows))):
         yield f"sequence_id does not count from {first}"
-    if "input_ids" not in rows.lists:
-        return
-    ids = rows["input_ids"]
-    positions = ids.lengths - 1
-    if (row := _first(positions < 1)) is not None:
-        yield f"row {row}: fewer than two token ids"
-    if (at := _first((ids.values < 0) | (ids.values >= manifest.vocabulary_size))) is not None:
-        yield f"row {_row(ids, at)}: token id {ids.values[at]} is outside 0..{manifest.vocabulary_size - 1}"
     columns = {column.name: column for column in manifest.scoring.columns}
+    ids = rows.lists.get("input_ids")
+    if ids is not None:
+        positions = ids.lengths - 1
+        if (row := _first(positions < 1)) is not None:
+            yield f"row {row}: fewer than two token ids"
+        if (at := _first((ids.values < 0) | (ids.values >= manifest.vocabulary_size))) is not None:
+            yield f"row {_row(ids, at)}: token id {ids.values[at]} is outside 0..{manifest.vocabulary_size - 1}"
+    else:
+        # Columns read without the ids still index one another.
+        positions = next((r.lengths for name, r in rows.lists.items() if columns[name].per == "L-1"), None)
+        if positions is None:
+            return
     stored = counts = None
     if "loss_mask" in rows.lists and len(rows["loss_mask"].values) == positions.sum():
         stored = _sums(rows["loss_mask"].values, rows["loss_mask"].offsets)
@@ -116,7 +124,7 @@ def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[s
         counts = _sums(rows["top_count"].values.astype(np.int64), rows["top_count"].offsets)
     for name, ragged in rows.lists.items():
         expected = {
-            "L": ids.lengths,
+            "L": positions + 1,
             "L-1": positions,
             "E": counts,
             "P*M": None if stored is None else stored * manifest.scoring.tail_samples,
@@ -128,12 +136,19 @@ def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[s
             )
 
 
-def value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
+def value_problems(rows: Rows, manifest: Manifest) -> list[str]:
     """Breaks of the invariants of the values, one sentence each, naming the first bad row of its kind.
 
     The alignment check is here: where gold is among the top-N its own entry must say the same as `gold_logprob`,
     and elsewhere `gold_logprob` may not exceed the last entry. Numbers shifted by one position break it.
+    Optional columns and the entropy are checked where they were read.
     """
+    # Damaged numbers may overflow or be no numbers at all: every comparison below is written to find those.
+    with np.errstate(all="ignore"):
+        return list(_value_problems(rows, manifest))
+
+
+def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     mask, ids = rows["loss_mask"], rows["input_ids"]
     counts = rows["top_count"].values.astype(np.int64)
     top_ids, top_logprobs = rows["top_ids"].values, rows["top_logprobs"].values.astype(np.float64)
@@ -147,12 +162,40 @@ def value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     for name, values in [("gold_logprob", gold_logprob), ("tail_logmass", tail)]:
         if (at := _first(~(values <= 1e-4))) is not None:
             yield f"{row_of(at)}: {name} is {values[at]:g}, not a log-probability"
+    if "entropy" in rows.lists:
+        entropy = rows["entropy"].values.astype(np.float64)
+        highest = np.log(manifest.vocabulary_size) * (1 + 2.0**-9)
+        # NaN where the engine could not tell.
+        if (at := _first((entropy < 0) | (entropy > highest))) is not None:
+            yield f"{row_of(at)}: entropy is {entropy[at]:g}, not between 0 and the logarithm of the vocabulary"
+    for name in rows.lists:
+        if schema.column_temperature(name) is not None:
+            at_temperature = rows[name].values
+            if (at := _first(~(at_temperature < np.inf))) is not None:
+                yield f"{row_of(at)}: {name} is {at_temperature[at]:g}, not the logarithm of a sum"
     if (at := _first((counts > 0) != mask.values)) is not None:
         yield f"{row_of(at)}: top_count is {counts[at]} where the loss mask is {bool(mask.values[at])}"
-    if (at := _first((top_ids < 0) | (top_ids >= manifest.vocabulary_size))) is not None:
-        yield f"top_ids entry {at}: id {top_ids[at]} is outside 0..{manifest.vocabulary_size - 1}"
+    if (at := _first(counts > manifest.scoring.top_n)) is not None:
+        yield f"{row_of(at)}: top_count is {counts[at]}, this cache keeps {manifest.scoring.top_n}"
     starts = np.concatenate([[0], np.cumsum(counts)])
     position_of_entry = np.repeat(np.arange(len(counts)), counts)
+    if (at := _first((top_ids < 0) | (top_ids >= manifest.vocabulary_size))) is not None:
+        yield (
+            f"{row_of(int(position_of_entry[at]))}: top-N id {top_ids[at]} is outside 0..{manifest.vocabulary_size - 1}"
+        )
+    if "tail_samples" in rows.lists:
+        samples = rows["tail_samples"].values.astype(np.int64)
+        position_of_sample = np.repeat(np.flatnonzero(mask.values), manifest.scoring.tail_samples)
+        if (at := _first((samples < -1) | (samples >= manifest.vocabulary_size))) is not None:
+            yield (
+                f"{row_of(int(position_of_sample[at]))}: tail sample {samples[at]} is outside "
+                f"-1..{manifest.vocabulary_size - 1}"
+            )
+        # One number for a position and an id.
+        kept = position_of_entry * manifest.vocabulary_size + top_ids
+        drawn = position_of_sample * manifest.vocabulary_size + samples
+        if (at := _first(np.isin(drawn, kept) & (samples >= 0))) is not None:
+            yield f"{row_of(int(position_of_sample[at]))}: tail sample {samples[at]} is in the top-N"
     ascending = np.diff(top_logprobs) > 0
     ascending &= position_of_entry[1:] == position_of_entry[:-1] if len(position_of_entry) else False
     if (at := _first(ascending)) is not None:

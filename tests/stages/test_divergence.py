@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.divergence import TAIL_MODES, TeacherRows, divergences, teacher_terms
+from stages.divergence import TAIL_MODES, TeacherRows, divergences, student_terms, teacher_terms
 from tests import reference
 
 
@@ -36,7 +36,7 @@ def test_equal_to_the_reference(tail: str, top_n: int, scale: float) -> None:
     teacher, student, gold = random_pair(20, 30, scale)
     gold[:10] = teacher[:10].argmax(1)
     rows = kept_rows(teacher, gold, top_n)
-    found = divergences(torch.tensor(student), rows, teacher_terms(rows, tail, torch.float64))
+    found = divergences(student_terms(torch.tensor(student), rows), teacher_terms(rows, tail, torch.float64))
     terms = {"bucket": reference.bucket_terms, "drop": reference.drop_terms}[tail]
     for row in range(len(gold)):
         kept = reference.position_statistics(teacher[row], int(gold[row]), top_n)["top_ids"]
@@ -50,7 +50,7 @@ def test_kl_is_tkd_plus_unc_times_dkd() -> None:
     teacher, student, gold = random_pair(50, 40, 3.0)
     rows = kept_rows(teacher, gold, 40)
     terms = teacher_terms(rows, "bucket", torch.float64)
-    found = divergences(torch.tensor(student), rows, terms)
+    found = divergences(student_terms(torch.tensor(student), rows), terms)
     kl = [reference.kl(p, q) for p, q in zip(teacher, student, strict=True)]
     np.testing.assert_allclose(found.tkd + terms.unc * found.dkd, kl, rtol=1e-10)
 
@@ -62,7 +62,7 @@ def test_bucket_is_a_lower_bound_that_grows_with_n() -> None:
     for top_n in (1, 4, 16, 48, 64):
         rows = kept_rows(teacher, gold, top_n)
         terms = teacher_terms(rows, "bucket", torch.float64)
-        found = divergences(torch.tensor(student), rows, terms)
+        found = divergences(student_terms(torch.tensor(student), rows), terms)
         kl = (found.tkd + terms.unc * found.dkd).numpy()
         assert (kl >= last - 1e-12).all()
         assert (kl <= exact + 1e-12).all()
@@ -78,7 +78,7 @@ def test_gradcheck(tail: str, top_n: int) -> None:
     terms = teacher_terms(rows, tail, torch.float64)
 
     def total(logits: torch.Tensor) -> torch.Tensor:
-        found = divergences(logits, rows, terms)
+        found = divergences(student_terms(logits, rows), terms)
         return torch.stack([found.tkd, found.dkd, found.ce])
 
     assert torch.autograd.gradcheck(total, (torch.tensor(student, requires_grad=True),))
@@ -96,7 +96,7 @@ def test_extreme_gold_in_float32(tail: str, sure: float, top_n: int) -> None:
     student = np.random.default_rng(1).standard_normal((1, vocabulary))
     rows = kept_rows(teacher, gold, top_n, torch.float32)
     logits = torch.tensor(student, dtype=torch.float32, requires_grad=True)
-    found = divergences(logits, rows, teacher_terms(rows, tail))
+    found = divergences(student_terms(logits, rows), teacher_terms(rows, tail))
     if not (tail == "drop" and top_n == 1 and sure > 0.5):  # then drop keeps gold alone and nothing is left of UNC
         kept = reference.position_statistics(teacher[0], 7, top_n)["top_ids"]
         terms = {"bucket": reference.bucket_terms, "drop": reference.drop_terms}[tail]
@@ -118,7 +118,7 @@ def test_a_certain_teacher_has_no_dkd(tail: str) -> None:
         torch.tensor([[0.0]]),
     )
     logits = torch.randn(1, 6, requires_grad=True)
-    found = divergences(logits, rows, teacher_terms(rows, tail))
+    found = divergences(student_terms(logits, rows), teacher_terms(rows, tail))
     assert found.dkd.item() == 0
     torch.testing.assert_close(found.tkd, found.ce)
     (found.tkd + found.dkd).sum().backward()
@@ -137,8 +137,8 @@ def test_padding_entries_change_nothing() -> None:
         torch.cat([rows.top_logprobs, torch.full((8, 3), float("-inf"), dtype=torch.float64)], 1),
     )
     for tail in TAIL_MODES:
-        plain = divergences(torch.tensor(student), rows, teacher_terms(rows, tail, torch.float64))
-        found = divergences(torch.tensor(student), padded, teacher_terms(padded, tail, torch.float64))
+        plain = divergences(student_terms(torch.tensor(student), rows), teacher_terms(rows, tail, torch.float64))
+        found = divergences(student_terms(torch.tensor(student), padded), teacher_terms(padded, tail, torch.float64))
         torch.testing.assert_close(found.dkd, plain.dkd)
         torch.testing.assert_close(found.tkd, plain.tkd)
 
@@ -148,7 +148,7 @@ def test_a_wider_student_spreads_into_its_own_tail() -> None:
     teacher, student, gold = random_pair(6, 16, 1.0)
     wide = np.concatenate([student, np.random.default_rng(9).standard_normal((6, 8))], 1)
     rows = kept_rows(teacher, gold, 16)
-    found = divergences(torch.tensor(wide), rows, teacher_terms(rows, "bucket", torch.float64))
+    found = divergences(student_terms(torch.tensor(wide), rows), teacher_terms(rows, "bucket", torch.float64))
     padded = np.concatenate([teacher, np.full((6, 8), -np.inf)], 1)
     for row in range(6):
         np.testing.assert_allclose(found.dkd[row], reference.dkd(padded[row], wide[row], int(gold[row])), rtol=1e-9)

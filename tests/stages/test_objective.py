@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages import ranking
-from stages.divergence import divergences, teacher_terms
+from stages.divergence import divergences, student_terms, teacher_terms
 from stages.objective import NORMALIZATIONS, OBJECTIVES, Objective, coefficients, weighted_sum
 from tests import reference
 from tests.stages.test_divergence import kept_rows, random_pair
@@ -20,7 +20,7 @@ def loss(objective: Objective, teacher: np.ndarray, student: torch.Tensor, gold:
     rows = kept_rows(teacher, gold, teacher.shape[1])
     terms = teacher_terms(rows, objective.tail, torch.float64)
     hard = torch.tensor(ranking.is_hard(rows.gold_logprob.numpy(), objective.hard_ratio))
-    return weighted_sum(divergences(student, rows, terms), coefficients(objective, terms.unc, hard))
+    return weighted_sum(divergences(student_terms(student, rows), terms), coefficients(objective, terms.unc, hard))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -70,7 +70,7 @@ def test_token_normalisation_adds_up_over_micro_batches() -> None:
         rows = kept_rows(teacher[part], gold[part], 9)
         terms = teacher_terms(rows, "bucket", torch.float64)
         weights = coefficients(objective, terms.unc, torch.zeros(len(rows), dtype=torch.bool), step_tokens=10)
-        parts.append(weighted_sum(divergences(torch.tensor(student[part]), rows, terms), weights))
+        parts.append(weighted_sum(divergences(student_terms(torch.tensor(student[part]), rows), terms), weights))
     torch.testing.assert_close(sum(parts), whole)
 
 

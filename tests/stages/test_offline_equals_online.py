@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from stages.divergence import divergences, teacher_terms
+from stages.distillation_forward import Head, install_distillation
+from stages.divergence import StudentTerms, divergences, teacher_terms
+from stages.head_loss import head_loss
 from stages.objective import NORMALIZATIONS, OBJECTIVES, Objective, coefficients, weighted_sum
 from stages.shard_dataset import Collator, ShardDataset, corpus_threshold, teacher_rows
-from stages.training import student_logits
 from tests.conftest import VOCABULARY, Tiny
 
 
@@ -77,7 +78,15 @@ def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, fu
     rows = teacher_rows(batch)
     terms = teacher_terms(rows, objective.tail)
     weights = coefficients(objective, terms.unc, batch["is_hard"])
-    offline = weighted_sum(divergences(student_logits(student, batch), rows, terms), weights)
+    vocabulary = install_distillation(student)
+
+    def from_hidden(hidden: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        def loss_of(found: StudentTerms, part: slice) -> torch.Tensor:
+            return weighted_sum(divergences(found, terms[part]), weights[part])
+
+        return head_loss(hidden, head, parameters, rows, loss_of, vocabulary_size=vocabulary, slice_bytes=1)
+
+    offline = student(distillation=from_hidden, input_ids=batch["input_ids"], rows=batch["rows"])
     offline.backward()
 
     twin = load(tiny.student)

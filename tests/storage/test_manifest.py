@@ -1,4 +1,4 @@
-"""Manifests and receipts: what makes two caches the same, and that no file, however damaged, does more than be refused."""
+"""Manifests and receipts: what makes two caches the same, and that a damaged one is refused and no more."""
 
 from __future__ import annotations
 
@@ -192,6 +192,7 @@ def test_an_enormous_file_is_not_read(tmp_path: Path) -> None:
 
 # ---- fuzz -------------------------------------------------------------------------------------------------
 
+NAMES = st.text(st.characters(), max_size=8)
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -200,7 +201,7 @@ JSON = st.recursive(
     | st.floats()
     | st.text(st.characters(), max_size=20)  # lone surrogates included
     | st.sampled_from(["", "0" * 64, "\ud800", "../../x", "1", "nan"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(), max_size=8), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=6,
 )
 
@@ -209,8 +210,7 @@ def only_cache_errors(path: Path, read: Callable[[Path], Any]) -> None:
     """Reading raises CacheError, or gives a model whose every use works."""
     try:
         model = read(path)
-    except CacheError as error:
-        assert "\n" not in str(error)
+    except CacheError:
         return
     if isinstance(model, Manifest):
         assert len(model.cache_id) == 16
@@ -245,7 +245,7 @@ def test_any_value_anywhere_is_taken_or_refused(tmp_path: Path, what: str, data:
         elif action == "remove":
             del inside[place[-1]]
         elif isinstance(inside, dict):
-            inside[data.draw(st.text(st.characters(), max_size=8))] = value
+            inside[data.draw(NAMES)] = value
     (tmp_path / "file.json").write_text(json.dumps(plain))
     only_cache_errors(tmp_path / "file.json", read)
 

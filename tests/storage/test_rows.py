@@ -132,7 +132,7 @@ def test_slices_and_chunks_of_a_table_read_alike(lists: list[list[bool]], data: 
 @pytest.mark.parametrize("values", [[[1], None, [2]], [[1], [None, 2]]], ids=["a null list", "a null in a list"])
 def test_nulls_are_refused_with_the_column_named(values: list) -> None:
     table = pa.table({"sequence_id": np.arange(len(values)), "input_ids": pa.array(values, pa.list_(pa.int32()))})
-    with pytest.raises(CacheError, match="input_ids .*null"):
+    with pytest.raises(CacheError, match=r"input_ids .*null"):
         Rows.from_table(table)
 
 

@@ -1,0 +1,120 @@
+"""The whole idea on real text, in a few minutes on two CPU cores: `make demo`, or `python -m examples.demo`.
+
+    text every Python ships -> tokenizer and teacher -> cache -> three students -> a table
+
+The three students start from the same weights, see the same tokens in the same order and differ in the objective
+alone. Each finished step is kept in the output directory, so a second run goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+OBJECTIVES = ("ce", "kl", "atkd")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where everything goes")
+    parser.add_argument("--teacher-steps", type=int, default=900, help="training steps of the teacher")
+    parser.add_argument("--student-epochs", type=float, default=6, help="passes over the cache by each student")
+    parser.add_argument("--top-n", type=int, default=64, help="tokens kept per position")
+    parser.add_argument("--limit-characters", type=int, help="size of the corpus (default: all there is)")
+    arguments = parser.parse_args()
+
+    output: Path = arguments.output
+    make_teacher(output, arguments.teacher_steps, arguments.limit_characters)
+    announce("3/4", "run the teacher once over text it has not trained on, and keep what it believed")
+    pipeline(
+        *("cache-teacher", "--teacher", output / "teacher", "--dataset", output / "corpus" / "transfer.jsonl"),
+        *("--output", output / "cache", "--top-n", arguments.top_n, "--overlong", "split"),
+        *("--shard-tokens", 65536, "--batch-tokens", 4096),
+    )
+    announce("4/4", "train three students from the shards, without the teacher")
+    for objective in OBJECTIVES:
+        pipeline(
+            *("train-student", "--student", output / "student-config", "--init-from-config"),
+            *("--shards", output / "cache", "--output", output / "students" / objective, "--objective", objective),
+            *("--epochs", arguments.student_epochs, "--batch-size", 4, "--learning-rate", 4e-3),
+            *("--schedule", "cosine", "--warmup-steps", 0.05, "--eval-share", 0.1, "--seed", 0),
+            *("--trainer", "adam_beta2=0.98", "--trainer", "logging_steps=50", "--trainer", "save_strategy=no"),
+        )
+    show_table(output)
+    return 0
+
+
+def make_teacher(output: Path, steps: int, limit_characters: int | None) -> None:
+    """The corpus, the tokenizer, the teacher, and the configuration of the students."""
+    from examples.demo.corpus import build_corpus, read_texts
+    from examples.demo.teacher import student_config, train_teacher, train_tokenizer
+
+    if (output / "student-config" / "config.json").exists():
+        announce("1-2/4", f"{output} holds a corpus and a teacher already")
+        return
+    announce("1/4", "build a corpus from Python's own documentation and library, and a tokenizer")
+    corpus = build_corpus(output / "corpus", limit_characters=limit_characters)
+    for name, size in corpus.characters.items():
+        print(f"{name}: {size:,} characters")
+    tokenizer = train_tokenizer(read_texts(corpus.teacher), output / "teacher")
+    announce("2/4", "train a small teacher (the one step that real users skip: theirs is on a hub)")
+    train_teacher(corpus.teacher, tokenizer, output / "teacher", steps=steps, heldout_path=corpus.heldout)
+    # Last, because it says that all of the above is done.
+    student_config(tokenizer).save_pretrained(output / "student-config")
+
+
+def announce(step: str, what: str) -> None:
+    print(f"\n== {step}  {what}", flush=True)
+
+
+def pipeline(*arguments: object) -> None:
+    """Run one command as a person would, and show what was typed."""
+    words = [str(argument) for argument in arguments]
+    print(f"$ pipeline {shlex.join(words)}", flush=True)
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *words], env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def show_table(output: Path) -> None:
+    """What distillation bought, from each student's metrics.json and the receipts of the cache."""
+    from pipeline.progress import table
+    from storage.cache import Cache
+
+    cache = Cache.open(output / "cache")
+    receipts = cache.receipts()
+    per_token = sum(receipt.bytes for receipt in receipts) / cache.manifest.corpus.tokens
+    reports = {name: json.loads((output / "students" / name / "metrics.json").read_text()) for name in OBJECTIVES}
+    rows = [
+        (
+            name,
+            f"{report['eval_cross_entropy']:.3f}",
+            f"{report['eval_kl']:.3f}",
+            f"{report['eval_agreement']:.1%}",
+            f"{report['train_tokens_per_second']:,.0f}",
+            "0" if name == "ce" else f"{per_token:.0f}",
+        )
+        for name, report in reports.items()
+    ]
+    teacher = reports["ce"]["eval_teacher_cross_entropy"]
+    seconds = sum(receipt.seconds for receipt in receipts)
+    speed = cache.manifest.corpus.tokens / max(seconds, 1e-9)
+    rows.append(("(the teacher)", f"{teacher:.3f}", "0", "100%", f"{speed:,.0f} scored", f"{per_token:.0f}"))
+    print()
+    table(
+        "students of one teacher, same start, same tokens; held-out text",
+        ["objective", "cross-entropy", "KL to teacher", "agreement", "tokens/s", "bytes per token"],
+        rows,
+    )
+    print(f"\nLook closer: pipeline inspect {output / 'cache'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

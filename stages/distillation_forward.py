@@ -1,0 +1,52 @@
+"""A student's forward pass that ends in a function of hidden states and head instead of in logits.
+
+It takes the place of the model's own `forward` rather than standing beside it, because wrappers (DDP, FSDP, autocast)
+hook themselves in there: called through them, it keeps their gradient exchange and casting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.causal_lm import BodyAndHead
+from storage.errors import UserError
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+# (hidden [R, H] of the wanted rows, head, the head's parameters) -> anything
+FromHidden = Callable[[torch.Tensor, Head, list[nn.Parameter]], Any]
+
+
+def install_distillation(model: Any) -> int:
+    """Let `model(distillation=f, input_ids=[B, L], rows=[R])` return f of the hidden states; returns V.
+
+    rows: int64, indices into the flattened `[B * L]`. Right padding needs no mask: attention is causal. A model that
+    cannot be cut into body and head hands its full logits over as hidden states, with a head that does nothing.
+    """
+    own_forward = model.forward
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    parts: BodyAndHead | None
+    try:
+        parts = BodyAndHead(model)
+        parts.check(model, vocabulary)
+    except UserError:
+        parts = None
+
+    def forward(*args: Any, distillation: FromHidden | None = None, **kwargs: Any) -> Any:
+        if distillation is None:
+            return own_forward(*args, **kwargs)
+        input_ids, rows = kwargs["input_ids"], kwargs["rows"]
+        if parts is None:
+            logits = own_forward(input_ids=input_ids, use_cache=False).logits
+            return distillation(logits.flatten(0, 1)[rows], _identity, [])
+        return distillation(parts.body(input_ids).flatten(0, 1)[rows], parts.head, parts.head_parameters)
+
+    model.forward = forward
+    return vocabulary
+
+
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden

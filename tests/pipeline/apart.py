@@ -1,0 +1,69 @@
+"""Commands in processes of their own that may be killed or starved, forked from a server that has done the imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# What a command imports, done once. None of it may start a thread or compute anything, since all else is forked off.
+_PRELOAD = [
+    "torch",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "datasets",
+    "stages.caching",
+    "stages.student",
+    "stages.teacher_transformers",
+    "stages.training",
+    "pipeline.training_progress",
+    "tests.pipeline.apart",
+]
+
+
+def processes() -> Any:
+    """The multiprocessing context whose children start in a few milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def start(target: Callable[..., object], *arguments: object, errors: str) -> Any:
+    """`target(*arguments)` in a process of its own, which ends with what it returns; stderr goes to a file."""
+    child = processes().Process(target=_call, args=(target, arguments, errors))
+    child.start()
+    return child
+
+
+def _call(target: Callable[..., int | None], arguments: tuple, errors: str) -> None:
+    handle = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(handle, 2)
+    os.dup2(nothing, 1)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    code = 99
+    try:
+        code = target(*arguments) or 0
+    except BaseException:  # noqa: BLE001 - it is the end of the process
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def command(words: list[str], limit: int = 0, scratch: str | None = None) -> int:
+    """The real command; `limit`: bytes beyond which no file may grow; `scratch`: its folder for temporary files."""
+    import resource
+
+    from pipeline.cli import run
+
+    if scratch:
+        os.environ["TMPDIR"] = scratch
+        tempfile.tempdir = None
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return run(words)

@@ -1,0 +1,134 @@
+"""The sliced head-plus-loss equals the plain full-logits form: loss and every gradient, for every kind of head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stages.divergence import TAIL_MODES, StudentTerms, TeacherRows, divergences, student_terms, teacher_terms
+from stages.head_loss import head_loss
+from stages.objective import OBJECTIVES, Objective, coefficients, weighted_sum
+from tests.stages.test_divergence import kept_rows
+
+ROWS, WIDTH, VOCABULARY = 23, 12, 41
+
+
+class Head(nn.Module):
+    """An output layer as some family of models computes it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.output = nn.Linear(WIDTH, VOCABULARY, bias=kind == "bias")
+        self.kind = kind
+        if kind == "lora":
+            self.output.requires_grad_(False)
+            self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, VOCABULARY, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.output(hidden) * 3
+        if self.kind == "capped":
+            return 4.0 * torch.tanh(logits / 4.0)
+        if self.kind == "scaled":
+            return logits / 1.7
+        if self.kind == "lora":
+            return logits + self.up(self.down(hidden))
+        return logits
+
+
+def setting(kind: str, objective: Objective, top_n: int, dtype: torch.dtype):
+    generator = np.random.default_rng(0)
+    teacher = generator.standard_normal((ROWS, VOCABULARY)) * 2
+    gold = generator.integers(0, VOCABULARY, ROWS)
+    gold[:8] = teacher[:8].argmax(1)
+    rows = kept_rows(teacher, gold, top_n, dtype)
+    terms = teacher_terms(rows, objective.tail, dtype)
+    hard = torch.tensor(generator.random(ROWS) < 0.5)
+    weights = coefficients(objective, terms.unc, hard)
+    hidden = torch.tensor(generator.standard_normal((ROWS, WIDTH)), dtype=dtype)
+    return Head(kind).to(dtype), hidden, rows, terms, weights
+
+
+def loss_of(terms, weights) -> Callable[[StudentTerms, slice], torch.Tensor]:
+    def call(student: StudentTerms, part: slice) -> torch.Tensor:
+        return weighted_sum(divergences(student, terms[part]), weights[part])
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "capped", "scaled", "lora"])
+@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("top_n", [1, 6, VOCABULARY])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_equal_to_the_full_form(name: str, top_n: int, tail: str, kind: str) -> None:
+    objective = Objective(name=name, tail=tail, ce_weight=0.2)
+    head, hidden, rows, terms, weights = setting(kind, objective, top_n, torch.float32)
+    whole = hidden.clone().requires_grad_()
+    expected = weighted_sum(divergences(student_terms(head(whole), rows), terms), weights)
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    expected_gradients = torch.autograd.grad(expected, [whole, *parameters])
+
+    sliced = hidden.clone().requires_grad_()
+    # 16 rows at a time, the least there is: 23 rows make a full and a partial slice.
+    found = head_loss(
+        sliced, head, list(head.parameters()), rows, loss_of(terms, weights), slice_bytes=1, vocabulary_size=VOCABULARY
+    )
+    gradients = torch.autograd.grad(2.0 * found, [sliced, *parameters])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, 2.0 * theirs, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        silent = head_loss(
+            hidden, head, list(head.parameters()), rows, loss_of(terms, weights), vocabulary_size=VOCABULARY
+        )
+    torch.testing.assert_close(silent, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("name", ["atkd", "kl"])
+def test_gradcheck(name: str, tail: str) -> None:
+    objective = Objective(name=name, tail=tail)
+    head, hidden, rows, terms, weights = setting("capped", objective, 5, torch.float64)
+
+    def call(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        head.output.weight = nn.Parameter(weight.detach())
+        # The parameter the head uses, so that its gradient is the one that is asked for.
+        head.output._parameters["weight"] = weight  # type: ignore[assignment]
+        return head_loss(hidden, head, [weight], rows, loss_of(terms, weights), vocabulary_size=VOCABULARY)  # type: ignore[list-item]
+
+    weight = head.output.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(call, (hidden.requires_grad_(), weight))
+
+
+def test_bfloat16_weights_gather_their_gradient_in_float32() -> None:
+    """Many slices in bf16: summing their gradients in bf16 would lose the small ones."""
+    torch.manual_seed(0)
+    rows_count, vocabulary = 640, 64
+    head = nn.Linear(16, vocabulary, bias=False).bfloat16()
+    hidden = torch.randn(rows_count, 16).bfloat16()
+    gold = torch.randint(0, vocabulary, (rows_count,))
+    rows = TeacherRows(
+        gold,
+        torch.full((rows_count,), -1.0),
+        torch.full((rows_count,), np.log1p(-np.exp(-1.0))),
+        gold[:, None],
+        torch.full((rows_count, 1), -1.0),
+    )
+    objective = Objective("kl")
+    terms = teacher_terms(rows, "bucket")
+    weights = coefficients(objective, terms.unc, torch.zeros(rows_count, dtype=torch.bool))
+    found = head_loss(
+        hidden, head, [head.weight], rows, loss_of(terms, weights), slice_bytes=1, vocabulary_size=vocabulary
+    )
+    found.backward()
+    exact_head = nn.Linear(16, vocabulary, bias=False)
+    exact_head.weight = nn.Parameter(head.weight.detach().float())
+    exact = weighted_sum(divergences(student_terms(exact_head(hidden.float()), rows), terms), weights)
+    exact.backward()
+    error = (head.weight.grad.float() - exact_head.weight.grad).norm() / exact_head.weight.grad.norm()
+    assert found.dtype == torch.float32
+    assert error < 1e-2
