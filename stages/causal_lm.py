@@ -37,8 +37,9 @@ class BodyAndHead:
     """
 
     def __init__(self, model: PreTrainedModel, *, fp32_head: bool = False) -> None:
-        if hasattr(model, "get_base_model"):  # PEFT keeps its adapters inside the modules of the model it wraps
-            model = model.get_base_model()
+        if hasattr(model, "get_base_model"):
+            # PEFT keeps its adapters inside the modules of the model it wraps.
+            model = model.get_base_model()  # type: ignore[operator]
         prefix = model.base_model_prefix
         if prefix not in model._modules or model.get_output_embeddings() is None:
             raise UserError(

@@ -24,7 +24,7 @@ class Summary:
     mean_unc: float
     unc_quantiles: tuple[float, ...]
     teacher_cross_entropy: float
-    mean_entropy: float
+    mean_entropy: float | None
 
     @property
     def bytes_per_token(self) -> float:
@@ -36,10 +36,12 @@ def summarize(cache: Cache) -> Summary:
     receipts = cache.receipts()
     gold: list[np.ndarray] = []
     entropy = 0.0
-    for rows in cache.column("loss_mask", "gold_logprob", "entropy"):
+    has_entropy = cache.manifest.scoring.entropy
+    for rows in cache.column("loss_mask", "gold_logprob", *(["entropy"] if has_entropy else [])):
         mask = rows["loss_mask"].values
         gold.append(rows["gold_logprob"].values[mask])
-        entropy += float(rows["entropy"].values[mask].sum(dtype=np.float64))
+        if has_entropy:
+            entropy += float(rows["entropy"].values[mask].sum(dtype=np.float64))
     gold_logprob = np.concatenate(gold)
     stored = max(1, len(gold_logprob))
     # Quantiles of UNC = 1 - p(gold), taken on the log where float32 keeps the digits of a sure teacher.
@@ -54,5 +56,5 @@ def summarize(cache: Cache) -> Summary:
         mean_unc=sum(receipt.sum_unc for receipt in receipts) / stored,
         unc_quantiles=tuple(float(-np.expm1(value)) for value in logs),
         teacher_cross_entropy=float(-gold_logprob.mean(dtype=np.float64)) if len(gold_logprob) else 0.0,
-        mean_entropy=entropy / stored,
+        mean_entropy=entropy / stored if has_entropy else None,
     )

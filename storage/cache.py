@@ -62,8 +62,11 @@ class Cache:
     def check_target(cls, path: str | Path) -> None:
         """Raises CacheError unless `path` can become a cache: absent, empty, or a cache already."""
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise CacheError(f"{path}: is a file; --output wants a directory")
+        for place in (path, *path.parents):
+            if place.exists():
+                if not place.is_dir():
+                    raise CacheError(f"{place}: is a file; --output wants a directory")
+                break
         if path.is_dir() and not (path / MANIFEST).exists():
             strange = [entry.name for entry in path.iterdir() if entry.name[:1] != "."]
             if strange:
@@ -96,7 +99,11 @@ class Cache:
         cache = cls.resume(path, manifest)
         if cache is None:
             path.mkdir(parents=True, exist_ok=True)
-            write_model(path / MANIFEST, manifest)
+            try:
+                write_model(path / MANIFEST, manifest, exclusive=True)
+            except FileExistsError:
+                # Another process was first: with the same manifest, or `resume` refuses.
+                cls.resume(path, manifest)
             cache = cls(path, manifest)
         remove_temporaries(path)
         for folder in (SHARDS, TAIL_SUMS):

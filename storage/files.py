@@ -6,6 +6,7 @@ neither a killed process nor a power cut leaves half a file under a final name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -70,8 +71,11 @@ def temporary_for(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[HashingFile]:
-    """A file that appears at `path`, complete and durable, only if the block ends without an exception."""
+def atomic_file(path: Path, *, exclusive: bool = False) -> Iterator[HashingFile]:
+    """A file that appears at `path`, complete and durable, only if the block ends without an exception.
+
+    `exclusive`: raises FileExistsError where another process was first, instead of replacing its file.
+    """
     temporary = temporary_for(path)
     try:
         with open(temporary, "xb") as raw:
@@ -79,20 +83,35 @@ def atomic_file(path: Path) -> Iterator[HashingFile]:
             yield hashing
             raw.flush()
             os.fsync(raw.fileno())
-        os.replace(temporary, path)
+        _link(temporary, path) if exclusive else os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    with atomic_file(path) as file:
+def _link(temporary: Path, path: Path) -> None:
+    """Rename that does not replace. Raises FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links on this file system: then only the short moment between these lines is open.
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
+
+
+def write_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> None:
+    with atomic_file(path, exclusive=exclusive) as file:
         file.write(data)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), exclusive=exclusive)
 
 
 def remove_temporaries(directory: Path) -> None:

@@ -61,6 +61,7 @@ class ScoringOptions(_Model):
     logprob_bits: int = 16
     temperatures: tuple[float, ...] = ()
     tail_samples: int = Field(default=0, ge=0)
+    entropy: bool = True
     seed: int = 0
     max_length: int = Field(ge=2)
 
@@ -77,7 +78,7 @@ class ScoringOptions(_Model):
 
     @property
     def columns(self) -> tuple[schema.Column, ...]:
-        return schema.columns(self.logprob_bits, self.temperatures, self.tail_samples)
+        return schema.columns(self.logprob_bits, self.temperatures, self.tail_samples, self.entropy)
 
 
 class PlannedShard(_Model):
@@ -206,5 +207,5 @@ def read_receipt(path: Path) -> Receipt:
     return _read_model(path, Receipt, "receipt")
 
 
-def write_model(path: Path, model: BaseModel) -> None:
-    write_json(path, model.model_dump(mode="json"))
+def write_model(path: Path, model: BaseModel, *, exclusive: bool = False) -> None:
+    write_json(path, model.model_dump(mode="json"), exclusive=exclusive)

@@ -58,7 +58,9 @@ GOLD_LOGPROB = Column("gold_logprob", pa.float32(), "L-1", "nats", "log p(gold),
 TAIL_LOGMASS = Column(
     "tail_logmass", pa.float32(), "L-1", "nats", "log of the mass outside top-N and gold; -inf when empty"
 )
-ENTROPY = Column("entropy", pa.float16(), "L-1", "nats", "entropy of the full distribution")
+ENTROPY = Column(
+    "entropy", pa.float16(), "L-1", "nats", "entropy of the full distribution; absent where the engine cannot tell"
+)
 TOP_COUNT = Column("top_count", pa.uint16(), "L-1", "entries", "top-N entries of this position; 0 where masked out")
 TOP_IDS = Column("top_ids", pa.int32(), "E", "token id", "ids of the entries, most probable first")
 TOP_LOGPROBS = Column("top_logprobs", pa.float16(), "E", "nats", "their log-probabilities, descending")
@@ -71,7 +73,7 @@ TAIL_SAMPLES = Column(
     optional=True,
 )
 
-_REQUIRED = (
+_STANDARD = (
     SEQUENCE_ID,
     INPUT_IDS,
     LOSS_MASK,
@@ -106,10 +108,14 @@ def column_temperature(name: str) -> float | None:
     return float(match.group(1)) if match else None
 
 
-def columns(logprob_bits: int = 16, temperatures: Iterable[float] = (), tail_samples: int = 0) -> tuple[Column, ...]:
+def columns(
+    logprob_bits: int = 16, temperatures: Iterable[float] = (), tail_samples: int = 0, entropy: bool = True
+) -> tuple[Column, ...]:
     """The columns of a cache with these options, in file order."""
     logprobs = Column(**{**TOP_LOGPROBS.__dict__, "element": LOGPROB_TYPES[logprob_bits]})
-    chosen = [logprobs if column is TOP_LOGPROBS else column for column in _REQUIRED]
+    chosen = [
+        logprobs if column is TOP_LOGPROBS else column for column in _STANDARD if entropy or column is not ENTROPY
+    ]
     chosen += [temperature_column(t) for t in sorted(temperatures)]
     if tail_samples:
         chosen.append(TAIL_SAMPLES)
@@ -118,7 +124,7 @@ def columns(logprob_bits: int = 16, temperatures: Iterable[float] = (), tail_sam
 
 def format_markdown() -> str:
     """The column table of `docs/format.md`."""
-    rows = [*_REQUIRED, Column(**{**temperature_column(2).__dict__, "name": "tail_logmass_T…"}), TAIL_SAMPLES]
+    rows = [*_STANDARD, Column(**{**temperature_column(2).__dict__, "name": "tail_logmass_T…"}), TAIL_SAMPLES]
     lines = ["| column | type | length | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     for column in rows:
         kind = f"list<{column.element}>" if column.is_list else str(column.element)

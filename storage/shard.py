@@ -114,9 +114,10 @@ def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[s
             yield f"row {_row(ids, at)}: token id {ids.values[at]} is outside 0..{manifest.vocabulary_size - 1}"
     else:
         # Columns read without the ids still index one another.
-        positions = next((r.lengths for name, r in rows.lists.items() if columns[name].per == "L-1"), None)
-        if positions is None:
+        lengths = [ragged.lengths for name, ragged in rows.lists.items() if columns[name].per == "L-1"]
+        if not lengths:
             return
+        positions = lengths[0]
     stored = counts = None
     if "loss_mask" in rows.lists and len(rows["loss_mask"].values) == positions.sum():
         stored = _sums(rows["loss_mask"].values, rows["loss_mask"].offsets)

@@ -121,9 +121,11 @@ def pipeline(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
 def make_cache(tiny: Tiny) -> Callable[..., Any]:
     """Makes a cache of the tiny teacher in this process: `make_cache(path, top_n=8, ...)` -> storage.cache.Cache."""
     from stages.caching import CacheOptions, prepare, run
+    from stages.engines import EngineOptions
 
     def make(output: Path, **options: Any) -> Any:
-        given = {"teacher": str(tiny.teacher), "dataset": str(tiny.corpus), "output": str(output), "top_n": 8}
+        engine = EngineOptions(str(tiny.teacher), "transformers")
+        given = {"engine": engine, "dataset": str(tiny.corpus), "output": str(output), "top_n": 8}
         given |= {"shard_tokens": 1500, "processes": 1}
         cache, _ = run(prepare(CacheOptions(**{**given, **options})), lambda tokens: None)
         return cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipeline.config_file import config_option
+from pipeline.config_file import config_option, key_value_option
 from pipeline.progress import Progress, summary
 
 # Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
@@ -24,7 +24,43 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option(
     "--top-n", default=64, type=click.IntRange(1, 65535), help="Tokens kept per position, most probable first."
 )
-@click.option("--engine", default="transformers", type=click.Choice(["transformers"]), help="What runs the teacher.")
+@click.option(
+    "--temperature",
+    "temperatures",
+    multiple=True,
+    type=click.FloatRange(0, min_open=True),
+    show_default="only 1",
+    help="Keep the tail's mass at this temperature too, so that students can train at it; may be repeated.",
+)
+@click.option(
+    "--tail-samples",
+    default=0,
+    type=click.IntRange(0),
+    help="Ids drawn from the tail at each position, in proportion to their probability.",
+)
+@click.option(
+    "--engine",
+    default="auto",
+    type=click.Choice(["auto", "transformers", "vllm", "server"]),
+    help="What runs the teacher. auto: vLLM where it is installed and serves the teacher, else transformers.",
+)
+@key_value_option(
+    "--vllm-arg", "vllm_args", help="Engine argument of vLLM, e.g. tensor_parallel_size=8, quantization=fp8."
+)
+@click.option(
+    "--vllm-route",
+    default="pooling",
+    type=click.Choice(["pooling", "prompt-logprobs"]),
+    help="pooling: all statistics, inside vLLM; prompt-logprobs: vLLM's stock API, gold and top-N only.",
+)
+@click.option(
+    "--server-url",
+    metavar="URL",
+    show_default="none",
+    help="A running vLLM server, e.g. http://gpu7:8000, that scores instead of this machine.",
+)
+@click.option("--server-model", metavar="NAME", show_default="the only one", help="Name of the teacher on that server.")
+@click.option("--server-concurrency", default=32, type=click.IntRange(1), help="Requests to the server at a time.")
 @click.option(
     "--dtype",
     default="auto",
@@ -72,7 +108,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--batch-tokens",
     default=8192,
     type=click.IntRange(2),
-    help="Tokens of one forward pass; lower it if memory runs out.",
+    help="transformers: tokens of one forward pass; lower it if memory runs out.",
 )
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of whatever is drawn at random.")
 @click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub teacher.")
@@ -91,13 +127,18 @@ def command(**given: object) -> None:
       pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
       pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
     """
+    from dataclasses import fields
+
     from stages.caching import CacheOptions, prepare, run
+    from stages.engines import EngineOptions
 
     names = ("text_column", "prompt_column", "completion_column", "messages_column")
     columns = {name: given.pop(name) for name in names}
     given["logprob_bits"] = int(str(given["logprob_bits"]))
-    prepared = prepare(CacheOptions(columns=columns, **given))  # type: ignore[arg-type]
+    engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})  # type: ignore[arg-type]
+    prepared = prepare(CacheOptions(engine, columns=columns, **given))  # type: ignore[arg-type]
     _report_corpus(prepared.report)
+    click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     total, waiting = len(prepared.manifest.shards), len(prepared.pending)
     if waiting == total:
         click.echo(f"{total} shards to score", err=True)

@@ -55,7 +55,7 @@ def command(directory: str, sequence: int, position: int | None, alternatives: i
         "cache",
         [
             *summary_rows(cache, numbers),
-            ("mean entropy", f"{numbers.mean_entropy:.4f} nats"),
+            ("mean entropy", "not stored" if numbers.mean_entropy is None else f"{numbers.mean_entropy:.4f} nats"),
             ("max length", manifest.scoring.max_length),
             ("data set", manifest.source.get("dataset", "unknown")),
             ("corpus fingerprint", manifest.corpus.fingerprint),
@@ -73,7 +73,7 @@ def command(directory: str, sequence: int, position: int | None, alternatives: i
             ("what came next", f"{tokenizer.decode([gold])!r} (id {gold})"),
             ("p(gold)", f"{math.exp(gold_logprob):.6g}"),
             ("UNC", f"{-math.expm1(gold_logprob):.6g}"),
-            ("entropy", f"{float(rows['entropy'][row][position]):.4f} nats"),
+            *([("entropy", f"{float(rows['entropy'][row][position]):.4f} nats")] if manifest.scoring.entropy else []),
             ("tail mass", f"{math.exp(float(rows['tail_logmass'][row][position])):.6g}"),
         ],
     )

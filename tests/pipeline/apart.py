@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # What a command imports, done once. None of it may start a thread or compute anything, since all else is forked off.
@@ -67,3 +70,63 @@ def command(words: list[str], limit: int = 0, scratch: str | None = None) -> int
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return run(words)
+
+
+def command_killed_in(words: list[str], function: str, times: int, needle: str = "") -> int:
+    """The real command, which SIGKILLs itself on entry to the `times`-th call of `module:name`.
+
+    `needle`: only calls count whose arguments, as text, contain it.
+    """
+    module, _, name = function.partition(":")
+    *owners, last = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    real = getattr(owner, last)
+    calls = 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += needle in repr((arguments, named))
+        if calls == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+
+    setattr(owner, last, counted)
+    return command(words)
+
+
+def write_made_up_cache(path: str, last_step: int) -> int:
+    """Write a made-up cache, and SIGKILL this process before the `last_step`-th thing it does to the disk."""
+    from storage import files
+    from tests.storage.synthetic import make_manifest, write_cache
+
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == last_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            step()
+            return real(*arguments, **named)
+
+        return call
+
+    write = files.HashingFile.write
+
+    def halves(file: Any, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        written = write(file, view[: len(view) // 2])
+        file._raw.flush()
+        step()
+        return written + write(file, view[len(view) // 2 :])
+
+    files.HashingFile.write = halves  # type: ignore[method-assign]
+    for name in ("fsync", "replace", "link", "unlink", "mkdir", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    write_cache(Path(path), make_manifest())
+    return 0

@@ -7,7 +7,7 @@ from dataclasses import fields
 import click
 
 from pipeline.commands import cache_teacher, train_student
-from stages import caching, objective, ranking
+from stages import caching, engines, objective, ranking
 from stages.divergence import TAIL_MODES
 from stages.student import StudentOptions
 
@@ -38,8 +38,12 @@ def test_defaults() -> None:
     assert ours["objective"] == objective.Objective().name
     for name in ("eval_share", "seed", "dtype"):
         assert ours[name] == getattr(StudentOptions("", "", ""), name)
-    options = caching.CacheOptions("", "", "")
+    assert choices(cache_teacher.command, "engine") == engines.ENGINES
+    engine = engines.EngineOptions("")
+    options = caching.CacheOptions(engine, "", "")
     theirs = defaults(cache_teacher.command)
-    for name in ("top_n", "dtype", "overlong", "shard_tokens", "batch_tokens", "seed", "append_eos"):
+    for name in ("top_n", "dtype", "overlong", "shard_tokens", "seed", "append_eos", "tail_samples"):
         assert theirs[name] == getattr(options, name), name
+    for name in ("engine", "batch_tokens", "vllm_route", "server_concurrency"):
+        assert theirs[name] == getattr(engine, name), name
     assert int(str(theirs["logprob_bits"])) == options.logprob_bits

@@ -14,6 +14,7 @@ import torch
 
 from stages.caching import CacheOptions, prepare, rows_from_scored, run
 from stages.corpus import Sequence
+from stages.engines import EngineOptions
 from stages.statistics import StatisticsOptions
 from stages.teacher_transformers import TransformersTeacher, batches_by_tokens
 from storage.rows import Ragged, Rows
@@ -47,7 +48,9 @@ def test_every_position_answers_its_own_token(knowing_teacher: Path, tmp_path: P
     """Sequences that the teacher predicts perfectly: gold is certain at each position, and it is the right gold."""
     rows = [[start + SHIFT * step for step in range(length)] for start, length in [(1, 9), (5, 2), (30, 40)]]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    options = CacheOptions(str(knowing_teacher), str(tmp_path / "c.jsonl"), str(tmp_path / "cache"), top_n=3)
+    options = CacheOptions(
+        EngineOptions(str(knowing_teacher), "transformers"), str(tmp_path / "c.jsonl"), str(tmp_path / "cache"), top_n=3
+    )
     cache, _ = run(prepare(options), lambda tokens: None)
     stored = cache.read_shard(0)
     for row, ids in enumerate(rows):

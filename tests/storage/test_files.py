@@ -169,3 +169,17 @@ def test_folders_of_dead_writers_are_cleared_too(tmp_path: Path, dead_pid: int) 
         (folder / "file").write_bytes(b"")
     remove_temporaries(tmp_path)
     assert names(tmp_path) == [alive.name]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_an_exclusive_file_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", refuse)
+    write_bytes(tmp_path / "file", b"first", exclusive=True)
+    with pytest.raises(FileExistsError):
+        write_bytes(tmp_path / "file", b"second", exclusive=True)
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert names(tmp_path) == ["file"]
