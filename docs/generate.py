@@ -9,8 +9,10 @@ import argparse
 import inspect
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
+from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,6 +32,40 @@ A cache is a directory of Parquet shards and a manifest. One row is one sequence
 exactly `L-1` scored positions: position `t` is the teacher's distribution after reading `input_ids[:t+1]`,
 and its gold token is `input_ids[t+1]`. `P` positions have the loss mask set and keep top-N entries, `E` in
 all; `M` is the number of samples per stored position. Log-probabilities are in nats.
+
+```text
+cache/
+  manifest.json              identity: teacher, tokenizer, corpus, what is kept, the plan of shards; never changes
+  README.md                  dataset card; written last, so it seals the cache
+  tokenizer/                 the teacher's tokenizer files
+  tail_prior.parquet         mean tail distribution, one float32 per vocabulary id, where the engine gives it
+  shards/part-00000.parquet  the rows of a fixed range of sequences
+  shards/part-00000.json     its receipt: rows, tokens, bytes, sha256; a shard without one does not exist
+  tail_sums/part-00000.parquet   its summed tail, float64, from which the mean is made
+```
+
+## Columns of a shard
+"""
+
+_FORMAT_REST = """\
+Where gold is among the top-N it stands there too, so the kept set is top-N and gold, each id once. `gold_logprob` and
+`tail_logmass` are computed from the full distribution in float32 before anything is rounded; at a stored position the
+probabilities of the kept set and the tail sum to 1 within rounding. With `1 - p(gold) = UNC`, `log UNC` is the
+log-sum-exp of the non-gold entries and the tail.
+
+Encoding: zstd; floats byte-stream-split; a CRC on every page. The schema metadata of each file names the format
+version, the cache id and the number of the shard.
+
+## manifest.json
+
+{manifest}
+
+`cache_id` is the first 16 hex digits of the sha256 of these fields (without `source` and `made_with`, which inform
+only) as canonical JSON. Everything that makes, resumes, reads or trains from a cache compares it.
+
+## Receipt
+
+{receipt}
 """
 
 
@@ -109,9 +145,23 @@ def cli_markdown() -> str:
 
 def format_markdown() -> str:
     """The reference of the columns."""
-    from storage import schema
+    from storage import manifest, schema
 
-    return "\n".join([_NOTE + "# Format of a cache\n", _FORMAT_INTRODUCTION, schema.format_markdown()])
+    rest = _FORMAT_REST.format(manifest=_fields(manifest.Manifest), receipt=_fields(manifest.Receipt))
+    return "\n".join([_NOTE + "# Format of a cache\n", _FORMAT_INTRODUCTION, schema.format_markdown(), rest])
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> str:
+    """A list of a model's fields and, indented, of the models inside it."""
+    lines = []
+    for name, field in model.model_fields.items():
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)]
+        nested = next((t for t in inner if issubclass(t, BaseModel)), None)
+        kind = "" if nested else f": {str(field.annotation).replace('typing.', '').removeprefix('<class ').rstrip('>')}"
+        lines.append(f"{prefix}- `{name}`{kind.replace(chr(39), '')}")
+        if nested:
+            lines.append(_fields(nested, prefix + "  "))
+    return "\n".join(lines)
 
 
 def pages() -> dict[Path, str]:

@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where everything goes")
     parser.add_argument("--teacher-steps", type=int, default=900, help="training steps of the teacher")
-    parser.add_argument("--student-epochs", type=float, default=6, help="passes over the cache by each student")
+    parser.add_argument("--student-epochs", type=float, default=4, help="passes over the cache by each student")
     parser.add_argument("--top-n", type=int, default=64, help="tokens kept per position")
     parser.add_argument("--limit-characters", type=int, help="size of the corpus (default: all there is)")
     arguments = parser.parse_args()
@@ -33,7 +33,7 @@ def main() -> int:
     announce("3/4", "run the teacher once over text it has not trained on, and keep what it believed")
     pipeline(
         *("cache-teacher", "--teacher", output / "teacher", "--dataset", output / "corpus" / "transfer.jsonl"),
-        *("--output", output / "cache", "--top-n", arguments.top_n, "--overlong", "split"),
+        *("--output", output / "cache", "--top-n", arguments.top_n, "--overlong", "split", "--engine", "transformers"),
         *("--shard-tokens", 65536, "--batch-tokens", 4096),
     )
     announce("4/4", "train three students from the shards, without the teacher")

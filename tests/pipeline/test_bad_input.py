@@ -685,6 +685,5 @@ class small_disk:
 
 
 @pytest.fixture(autouse=True)
-def _one_tokenizer_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _one_tokenizer_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    yield

@@ -24,6 +24,12 @@ from tests.storage.synthetic import make_manifest, write_cache
 PATIENCE = 120
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL takes nothing from the kernel's cache, so flushing it would only cost time (as in `apart`)."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Bytes of every file of a cache; of a receipt, all but its timing."""
     found: dict[str, bytes] = {}
@@ -80,6 +86,7 @@ def test_killed_before_every_step_of_writing_a_cache(tmp_path: Path) -> None:
         write_cache(path, make_manifest())
         assert_same(path, tmp_path / "undisturbed")
         shutil.rmtree(path)
+    print(f"{len(survived)} steps, finished shards after each: {survived}")
     assert len(survived) > 50
     assert set(survived) == {0, 1, 2, 3} and survived == sorted(survived)
 
@@ -88,14 +95,15 @@ def test_killed_again_and_again_in_the_same_directory(tmp_path: Path) -> None:
     """What each attempt finds is what the killed ones before it left."""
     write_cache(tmp_path / "undisturbed", make_manifest())
     path, kills, dice = tmp_path / "cache", 0, random.Random(0)
-    for _ in range(200):
-        child = apart.start(apart.write_made_up_cache, str(path), dice.randint(1, 22), errors=str(tmp_path / "stderr"))
+    while True:
+        child = apart.start(apart.write_made_up_cache, str(path), dice.randint(1, 80), errors=str(tmp_path / "stderr"))
         child.join(PATIENCE)
         assert_nothing_half_done(path)
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
         kills += 1
+        assert kills < 100
     assert kills >= 3
     assert_same(path, tmp_path / "undisturbed")
 
@@ -112,7 +120,7 @@ def test_two_commands_cannot_claim_one_directory(tmp_path: Path, monkeypatch: py
         return found
 
     monkeypatch.setattr(Cache, "resume", slow)
-    with pytest.raises(CacheError, match="another cache .*seed: 1, not 0"):
+    with pytest.raises(CacheError, match=r"another cache .*seed: 1, not 0"):
         Cache.create_or_resume(tmp_path / "cache", ours)
     assert Cache.open(tmp_path / "cache").manifest == theirs
     assert not list((tmp_path / "cache").rglob(".tmp-*"))
