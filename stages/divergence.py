@@ -1,27 +1,25 @@
 """From a kept set to the divergences: TKD, DKD and cross-entropy of R rows, on the student's logits.
 
-With `p` the teacher, `q` the student, `g` the gold token (Zhong et al., ACL 2024, eq. 3-5):
+With `p` the teacher, `q` the student, `g` the gold token (Zhong et al., ACL 2024):
 
     TKD = p_g log(p_g / q_g) + (1 - p_g) log((1 - p_g) / (1 - q_g))
     DKD = sum_{j != g} p^_j log(p^_j / q^_j),   p^_j = p_j / (1 - p_g)
     KL(p || q) = TKD + UNC * DKD,               UNC = 1 - p_g
 
-The student's normaliser is always the full vocabulary. What stands for the teacher inside the tail (all ids
-outside top-N and gold) is the tail mode:
-
-    bucket  one lump, compared with the student's lump: a lower bound, exact when the tail is empty
-    drop    ignored, the kept set renormalised (what most systems do): biased, kept for comparison
+The student's normaliser is always the full vocabulary. Outside top-N and gold, in the tail, the teacher is what the
+tail mode says (`stages.tail`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 
-TailMode = Literal["bucket", "drop"]
-TAIL_MODES: tuple[str, ...] = get_args(TailMode)
+from stages.tail import Tail, TailMode
+
+BUCKET = Tail("bucket")
 
 # Above this log p(gold) the stored gold is so close to 0 that an engine may have rounded it; below, its float32
 # says more about 1 - p(gold) than entries rounded to 16 bits do.
@@ -33,7 +31,8 @@ class TeacherRows:
     """What the cache says of R positions, padded to the widest top-N.
 
     gold: int64 `[R]`; gold_logprob, tail_logmass: float32 `[R]`, nats;
-    top_ids: int64 `[R, N]`; top_logprobs: float32 `[R, N]`, -inf where a position has fewer entries.
+    top_ids: int64 `[R, N]`; top_logprobs: float32 `[R, N]`, -inf where a position has fewer entries;
+    tail_samples: int64 `[R, M]`, -1 where the tail is empty; None where they were not read.
     """
 
     gold: torch.Tensor
@@ -41,15 +40,14 @@ class TeacherRows:
     tail_logmass: torch.Tensor
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
+    tail_samples: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.gold)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> TeacherRows:
-        return TeacherRows(**{name: value[rows] for name, value in self.__dict__.items()})
-
-    def to(self, device: torch.device) -> TeacherRows:
-        return TeacherRows(**{name: value.to(device, non_blocking=True) for name, value in self.__dict__.items()})
+        part: dict[str, Any] = {name: None if v is None else v[rows] for name, v in self.__dict__.items()}
+        return TeacherRows(**part)
 
 
 @dataclass
@@ -105,12 +103,15 @@ class StudentTerms:
     """What any of the divergences needs of the student's logits z, and all that they depend on.
 
     gold: `[R]`, z of the gold token; entries: `[R, N]`, z of the kept non-gold ids, -inf where there is none;
-    tail: `[R]`, log-sum-exp of z over the tail, -inf where it is empty.
+    tail: `[R]`, log-sum-exp of z over the tail, -inf where it is empty. With a tail mode that gives the teacher's tail
+    a shape s: expected: `[R]`, sum_j s_j z_j; shape: `[R]`, sum_j s_j log s_j, a constant; both 0 for an empty tail.
     """
 
     gold: torch.Tensor
     entries: torch.Tensor
     tail: torch.Tensor
+    expected: torch.Tensor | None = None
+    shape: torch.Tensor | None = None
 
 
 def kept_ids(rows: TeacherRows) -> torch.Tensor:
@@ -118,7 +119,7 @@ def kept_ids(rows: TeacherRows) -> torch.Tensor:
     return torch.where(rows.top_logprobs > float("-inf"), rows.top_ids, rows.gold[:, None])
 
 
-def student_terms(logits: torch.Tensor, rows: TeacherRows) -> StudentTerms:
+def student_terms(logits: torch.Tensor, rows: TeacherRows, tail: Tail = BUCKET) -> StudentTerms:
     """Terms of each row of the student's full logits.
 
     logits: `[R, V]`, before softmax; half precisions are computed in float32. V may exceed the teacher's vocabulary
@@ -127,8 +128,28 @@ def student_terms(logits: torch.Tensor, rows: TeacherRows) -> StudentTerms:
     z = logits if logits.dtype == torch.float64 else logits.float()
     gold, ids = rows.gold[:, None], kept_ids(rows)
     entries = z.gather(1, ids).masked_fill(ids == gold, float("-inf"))
-    tail = _logsumexp(z.scatter(1, torch.cat([ids, gold], 1), float("-inf")))
-    return StudentTerms(z.gather(1, gold).squeeze(1), entries, tail)
+    outside = z.scatter(1, torch.cat([ids, gold], 1), float("-inf"))
+    terms = StudentTerms(z.gather(1, gold).squeeze(1), entries, _logsumexp(outside))
+    if tail.mode == "prior":
+        shape = tail.prior_shape(torch.nan_to_num(outside.detach().softmax(1)))
+        terms.expected = (shape * z).sum(1)
+        terms.shape = torch.xlogy(shape, shape).sum(1)
+    elif tail.mode == "sampled":
+        ids, weights = sample_weights(rows)
+        terms.expected = (z.gather(1, ids) * weights.to(z)).sum(1)
+        terms.shape = torch.zeros_like(terms.expected)
+    return terms
+
+
+def sample_weights(rows: TeacherRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 `[R, M]` ids that can be gathered, and float32 `[R, M]`, the share of the tail that each stands for.
+
+    A share is 0 where an empty tail gave no sample.
+    """
+    if rows.tail_samples is None:
+        raise ValueError("the tail mode `sampled` needs tail samples")
+    drawn = (rows.tail_samples >= 0).float()
+    return rows.tail_samples.clamp(min=0), drawn / drawn.sum(1, keepdim=True).clamp(min=1)
 
 
 def divergences(student: StudentTerms, teacher: TeacherTerms) -> Divergences:
@@ -139,6 +160,11 @@ def divergences(student: StudentTerms, teacher: TeacherTerms) -> Divergences:
     tkd = _weighted_gap(teacher.gold, log_q_gold) + _weighted_gap(teacher.nongold, nongold - everything)
     dkd = _weighted_gap(teacher.entries, student.entries - nongold[:, None]).sum(1)
     dkd = dkd + _weighted_gap(teacher.tail, student.tail - nongold)
+    if student.expected is not None and student.shape is not None:
+        # An empty tail, the teacher's or the student's, has no shape to compare.
+        empty = (teacher.tail == float("-inf")) | (student.tail == float("-inf"))
+        gap = student.shape - student.expected + student.tail.masked_fill(empty, 0.0)
+        dkd = dkd + teacher.tail.exp() * gap.masked_fill(empty, 0.0)
     return Divergences(tkd, dkd, -log_q_gold)
 
 

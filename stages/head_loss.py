@@ -1,25 +1,27 @@
 """The output layer and the loss in one pass over slices of rows, so that `[tokens, vocabulary]` never exists.
 
-Every objective depends on a row's logits only through a few numbers: the logits of the kept ids and the log-sum-exp
-of the rest (StudentTerms). For a slice of rows the logits are computed, reduced to those numbers, and the objective's
-small gradient is expanded at once to the gradient on the logits,
+Every objective depends on a row's logits only through a few numbers: the logits of the kept ids, the log-sum-exp of
+the rest, and, where the teacher's tail has a shape, their mean under it (StudentTerms). For a slice of rows the logits
+are computed, reduced to those numbers, and the objective's small gradient is expanded to the gradient on the logits,
 
-    d loss / d z_v  =  d loss / d tail * softmax_tail(v)   for v in the tail,   and the kept ids' own entries,
+    d loss / d z_v  =  d loss / d tail * softmax_tail(v) + d loss / d expected * shape(v)   for v in the tail,
 
-which is multiplied back into hidden states and head weights before the slice is dropped. The gradients are ready when
-the forward pass ends; `backward` only scales them. One `exp` per logit and three matrix products are all there is,
-as in plain cross-entropy.
+and the kept ids' own entries elsewhere. It is multiplied back into hidden states and head weights before the slice is
+dropped, so the gradients are ready when the forward pass ends and `backward` only scales them. One `exp` per logit and
+three matrix products are all there is, as in plain cross-entropy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from stages.divergence import StudentTerms, TeacherRows, kept_ids
+from stages.divergence import BUCKET, StudentTerms, TeacherRows, kept_ids, sample_weights
+from stages.tail import Tail
 
 # Loss of the rows of a slice, as a sum: (terms of the slice, which rows they are) -> scalar.
 LossOfTerms = Callable[[StudentTerms, slice], torch.Tensor]
@@ -32,8 +34,9 @@ def head_loss(
     rows: TeacherRows,
     loss_of: LossOfTerms,
     *,
-    slice_bytes: int = 64 << 20,
     vocabulary_size: int,
+    tail: Tail = BUCKET,
+    slice_bytes: int = 64 << 20,
 ) -> torch.Tensor:
     """The summed loss of R rows, differentiable with respect to `hidden` and `parameters`.
 
@@ -47,10 +50,9 @@ def head_loss(
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            terms, _ = _reduce(_at_least_float32(head(hidden[part])), rows[part], overwrite=False)
-            total = total + loss_of(terms, part)
+            total = total + loss_of(_reduce(_at_least_float32(head(hidden[part])), rows[part], tail).terms, part)
         return total
-    return _HeadLoss.apply(hidden, head, rows, loss_of, size, *trained)
+    return _HeadLoss.apply(hidden, head, rows, tail, loss_of, size, *trained)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -60,6 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         head: Callable[[torch.Tensor], torch.Tensor],
         rows: TeacherRows,
+        tail: Tail,
         loss_of: LossOfTerms,
         size: int,
         *parameters: torch.Tensor,
@@ -74,7 +77,7 @@ class _HeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = hidden[part].detach().requires_grad_()
                 logits = head(leaf)
-            loss, gradient = _loss_and_gradient(logits.detach(), rows[part], loss_of, part)
+            loss, gradient = _loss_and_gradient(logits.detach(), rows[part], tail, loss_of, part)
             total += loss
             found = torch.autograd.grad(logits, [leaf, *parameters], gradient.to(logits.dtype), allow_unused=True)
             hidden_gradient[part] = found[0]
@@ -90,45 +93,74 @@ class _HeadLoss(torch.autograd.Function):
         (scale,) = outputs
         hidden_gradient, *gradients = ctx.saved_tensors
         scaled = [(scale * g).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (scale * hidden_gradient).to(hidden_gradient.dtype), None, None, None, None, *scaled
+        return (scale * hidden_gradient).to(hidden_gradient.dtype), None, None, None, None, None, *scaled
 
 
-def _loss_and_gradient(
-    logits: torch.Tensor, rows: TeacherRows, loss_of: LossOfTerms, part: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a slice and its gradient on the logits `[C, V]`."""
-    ids = kept_ids(rows)
-    is_entry = ids != rows.gold[:, None]
-    terms, tail_softmax = _reduce(_at_least_float32(logits), rows, overwrite=False)
-    with torch.enable_grad():
-        leaves = [value.requires_grad_() for value in (terms.gold, terms.entries, terms.tail)]
-        loss = loss_of(StudentTerms(*leaves), part)
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    gold, entries, tail = (
-        torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found, strict=True)
-    )
-    gradient = tail_softmax.mul_(tail[:, None])
-    # Padding entries stand at gold, whose own gradient comes last; an id stands once in the top-N.
-    gradient.scatter_(1, ids, entries.masked_fill(~is_entry, 0.0))
-    gradient.scatter_(1, rows.gold[:, None], gold[:, None])
-    return loss.detach(), gradient
+@dataclass
+class _Reduced:
+    """A slice of logits reduced to its terms, and what turns their gradient into one on the logits."""
+
+    terms: StudentTerms
+    tail_softmax: torch.Tensor  # [C, V], zero on the kept set
+    shape: torch.Tensor | None  # [C, V], the tail mode's shape where it is dense
+    samples: tuple[torch.Tensor, torch.Tensor] | None  # ids [C, M] and their shares of the tail
 
 
-def _reduce(z: torch.Tensor, rows: TeacherRows, *, overwrite: bool) -> tuple[StudentTerms, torch.Tensor]:
-    """StudentTerms of logits `[C, V]` without a graph, and the softmax within the tail (zero on the kept set)."""
+def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail) -> _Reduced:
+    """Terms of logits `[C, V]`, without a graph."""
     gold, ids = rows.gold[:, None], kept_ids(rows)
     entries = z.gather(1, ids).masked_fill(ids == gold, float("-inf"))
     z_gold = z.gather(1, gold).squeeze(1)
-    outside = z if overwrite else z.clone()
-    outside.scatter_(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
+    terms = StudentTerms(z_gold, entries, z_gold)
+    samples = None
+    if tail.mode == "sampled":
+        samples = sample_weights(rows)
+        terms.expected = (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
+        terms.shape = torch.zeros_like(z_gold)
+    outside = z.scatter(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
     peak = outside.amax(1, keepdim=True)
     # A kept set that is the whole vocabulary leaves a tail of nothing but -inf.
     peak.masked_fill_(peak == float("-inf"), 0.0)
     exponentials = outside.sub_(peak).exp_()
     total = exponentials.sum(1, keepdim=True)
     softmax = exponentials.div_(total.clamp(min=torch.finfo(z.dtype).tiny))
-    tail = (total.log() + peak).squeeze(1)
-    return StudentTerms(z_gold, entries, tail), softmax
+    terms.tail = (total.log() + peak).squeeze(1)
+    shape = None
+    if tail.mode == "prior":
+        shape = tail.prior_shape(softmax)
+        terms.expected = torch.linalg.vecdot(shape, z)
+        terms.shape = torch.xlogy(shape, shape).sum(1)
+    return _Reduced(terms, softmax, shape, samples)
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor, rows: TeacherRows, tail: Tail, loss_of: LossOfTerms, part: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a slice and its gradient on the logits `[C, V]`."""
+    reduced = _reduce(_at_least_float32(logits), rows, tail)
+    terms = reduced.terms
+    leaves = [terms.gold, terms.entries, terms.tail]
+    if terms.expected is not None:
+        leaves.append(terms.expected)
+    with torch.enable_grad():
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = loss_of(terms, part)
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gold, entries, lump, *expected = (
+        torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found, strict=True)
+    )
+    gradient = reduced.tail_softmax.mul_(lump[:, None])
+    if reduced.shape is not None:
+        gradient.addcmul_(reduced.shape, expected[0][:, None])
+    # Padding entries stand at gold, whose own gradient comes last; an id stands once in the top-N.
+    ids = kept_ids(rows)
+    gradient.scatter_(1, ids, entries.masked_fill(ids == rows.gold[:, None], 0.0))
+    gradient.scatter_(1, rows.gold[:, None], gold[:, None])
+    if reduced.samples is not None:
+        ids, shares = reduced.samples
+        gradient.scatter_add_(1, ids, expected[0][:, None] * shares.to(gradient))
+    return loss.detach(), gradient
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

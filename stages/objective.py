@@ -9,7 +9,7 @@ The coefficients need the teacher alone, so they are known before the student's 
     dkd           0          1
     tkd+dkd       1          1
     atkd, easy    0          lambda
-    atkd, hard    1-lambda   1-lambda     (Zhong et al., ACL 2024, eq. 7-8; DKD without UNC)
+    atkd, hard    1-lambda   1-lambda     (Zhong et al., ACL 2024; DKD without UNC)
 
 Normalisation. `group`: the mean over the tokens of the micro-batch, for atkd over each group's own tokens (what the
 paper's released code does; an empty group contributes 0). `token`: the sum over all tokens divided by the number of
@@ -23,8 +23,9 @@ from typing import Literal, get_args
 
 import torch
 
-from stages.divergence import Divergences, TailMode
+from stages.divergence import Divergences
 from stages.ranking import RankScope
+from stages.tail import TailMode
 
 ObjectiveName = Literal["atkd", "kl", "tkd", "dkd", "tkd+dkd", "ce"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
@@ -37,7 +38,7 @@ class Objective:
     """What a student is trained towards.
 
     hard_ratio: share of the tokens, by UNC, that is hard. easy_weight: lambda of atkd. ce_weight: added to any
-    objective, as a mean over all tokens (with `ce` it adds to the 1 that is there).
+    objective, as a mean over all tokens (with `ce` it adds to the 1 that is there). tail_gamma: of the tail `prior`.
     """
 
     name: ObjectiveName = "atkd"
@@ -47,6 +48,7 @@ class Objective:
     rank_scope: RankScope = "micro-batch"
     normalize: Normalization = "group"
     tail: TailMode = "bucket"
+    tail_gamma: float = 0.5
 
 
 @dataclass

@@ -42,7 +42,8 @@ COLUMNS = (
 class StoredSequence:
     """One row of a shard: L ids, P stored positions (those with a loss), E entries.
 
-    positions: int64 `[P]`, index of each stored position in the sequence; the rest `[P]`, entries `[E]`.
+    positions: int64 `[P]`, index of each stored position in the sequence; the rest `[P]`, entries `[E]`, samples
+    `[P * M]` where they were read.
     """
 
     input_ids: np.ndarray
@@ -52,6 +53,7 @@ class StoredSequence:
     top_count: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
+    tail_samples: np.ndarray | None = None
 
     @property
     def gold(self) -> np.ndarray:
@@ -69,17 +71,20 @@ def stored_sequence(rows: Rows, row: int) -> StoredSequence:
         top_count=rows["top_count"][row][mask].astype(np.int64),
         top_ids=rows["top_ids"][row],
         top_logprobs=rows["top_logprobs"][row],
+        tail_samples=rows["tail_samples"][row] if "tail_samples" in rows.lists else None,
     )
 
 
 class ShardDataset(Dataset):
     """The sequences `sequence_ids` (int64, ascending) of a cache, by random access.
 
-    Every shard's values are checked when it is first decoded; raises CacheError for one that is not what it says.
+    tail_samples: whether to read them too. Every shard's values are checked when it is first decoded; raises
+    CacheError for one that is not what it says.
     """
 
-    def __init__(self, cache: Cache, sequence_ids: np.ndarray) -> None:
+    def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, tail_samples: bool = False) -> None:
         self.cache = cache
+        self._columns = (*COLUMNS, "tail_samples") if tail_samples else COLUMNS
         self.sequence_ids = sequence_ids
         firsts = np.array([shard.first for shard in cache.manifest.shards], np.int64)
         self.shard_of = np.searchsorted(firsts, sequence_ids, side="right") - 1
@@ -97,7 +102,7 @@ class ShardDataset(Dataset):
         if shard in self._decoded:
             self._decoded.move_to_end(shard)
             return self._decoded[shard]
-        rows = self.cache.read_shard(shard, COLUMNS)
+        rows = self.cache.read_shard(shard, self._columns)
         if shard not in self._checked:
             for problem in value_problems(rows, self.cache.manifest):
                 raise CacheError(f"{self.cache.shard_path(shard)}: {problem}")
@@ -189,6 +194,11 @@ class Collator:
             "top_ids": top_ids,
             "top_logprobs": top_logprobs,
         }
+        if sequences[0].tail_samples is not None:
+            samples = np.concatenate([s.tail_samples for s in sequences if s.tail_samples is not None])
+            batch["tail_samples"] = samples.reshape(len(gold_logprob), -1).astype(np.int64)
+            # Like the entries: what the student has no id for is not drawn.
+            batch["tail_samples"][batch["tail_samples"] >= self.vocabulary_size] = -1
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
 
     def _padded_entries(self, sequences: Sequence[StoredSequence]) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +229,12 @@ class Collator:
 
 def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
     return TeacherRows(
-        batch["gold"], batch["gold_logprob"], batch["tail_logmass"], batch["top_ids"], batch["top_logprobs"]
+        batch["gold"],
+        batch["gold_logprob"],
+        batch["tail_logmass"],
+        batch["top_ids"],
+        batch["top_logprobs"],
+        batch.get("tail_samples"),
     )
 
 

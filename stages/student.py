@@ -18,13 +18,14 @@ import numpy as np
 
 from stages.objective import Objective
 from storage.cache import Cache
-from storage.errors import RunError, UserError
+from storage.errors import CacheError, RunError, UserError
 from storage.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
     from stages.shard_dataset import ShardDataset
+    from stages.tail import Tail
     from stages.training import DistillationTrainer
 
 RUN = "run.json"
@@ -93,9 +94,29 @@ def prepare(options: StudentOptions) -> Prepared:
     else:
         check_tokenizer(cache, load_tokenizer(options.student, **source), options.student)
     check_head(cache, config.get_text_config().vocab_size, options.student)
+    make_tail(options.objective, cache)
     train_ids, eval_ids = split_held_out(cache, options.eval_share)
     checkpoint, finished = _previous_run(options, cache)
     return Prepared(options, cache, arguments, train_ids, eval_ids, checkpoint, finished)
+
+
+def make_tail(objective: Objective, cache: Cache) -> Tail:
+    """The objective's tail mode with what the cache holds for it. Raises CacheError where it holds nothing."""
+    import torch
+
+    from stages.tail import Tail, log_prior
+
+    if objective.tail == "sampled" and not cache.manifest.scoring.tail_samples:
+        raise CacheError(f"{cache.path}: --tail sampled needs tail samples; this cache was made without --tail-samples")
+    if objective.tail != "prior":
+        return Tail(objective.tail)
+    prior = cache.tail_prior()
+    if prior is None:
+        raise CacheError(
+            f"{cache.path}: --tail prior needs the mean tail distribution, which the engine "
+            f"{cache.manifest.scoring.engine} did not give; choose --tail bucket"
+        )
+    return Tail("prior", objective.tail_gamma, log_prior(torch.from_numpy(prior.copy())))
 
 
 def training_arguments(options: StudentOptions) -> Any:
@@ -226,11 +247,12 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     trainer = DistillationTrainer(
         model=model,
         args=prepared.arguments,
-        train_dataset=ShardDataset(cache, prepared.train_ids),
+        train_dataset=ShardDataset(cache, prepared.train_ids, tail_samples=objective.tail == "sampled"),
         eval_dataset=eval_dataset,
         data_collator=Collator(objective, vocabulary, threshold),
         eval_collator=eval_collator,
         objective=objective,
+        tail=make_tail(objective, cache),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)

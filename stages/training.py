@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from stages import evaluation
 from stages.distillation_forward import Head, install_distillation
-from stages.divergence import StudentTerms, divergences, teacher_terms
+from stages.divergence import BUCKET, StudentTerms, divergences, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import Objective, coefficients, weighted_sum
 from stages.shard_dataset import Collator, WindowShuffle, teacher_rows
+from stages.tail import Tail
 
 
 class DistillationTrainer(Trainer):
@@ -29,9 +31,19 @@ class DistillationTrainer(Trainer):
 
     objective: Objective
 
-    def __init__(self, *args: Any, objective: Objective, eval_collator: Collator | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective,
+        tail: Tail = BUCKET,
+        eval_collator: Collator | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
+        # The prior is one vector for the whole run; it moves to the device once.
+        prior = None if tail.log_prior is None else tail.log_prior.to(self.args.device)
+        self._tail = replace(tail, log_prior=prior)
         self._eval_collator = eval_collator
         self._vocabulary_size = install_distillation(self.model)
         self.loss_is_scaled_for_ga = objective.normalize == "token"
@@ -55,7 +67,9 @@ class DistillationTrainer(Trainer):
             return weighted_sum(divergences(student, teacher[part]), weights[part])
 
         def from_hidden(hidden: torch.Tensor, head: Head, parameters: list[nn.Parameter]) -> torch.Tensor:
-            return head_loss(hidden, head, parameters, rows, loss_of, vocabulary_size=self._vocabulary_size)
+            return head_loss(
+                hidden, head, parameters, rows, loss_of, vocabulary_size=self._vocabulary_size, tail=self._tail
+            )
 
         loss = model(distillation=from_hidden, input_ids=inputs["input_ids"], rows=inputs["rows"])
         if self.objective.normalize == "token" and num_items_in_batch is not None:

@@ -25,7 +25,7 @@ _SHORT = {
     "save_steps": "save_steps",
     "report_to": "report_to",
 }
-_OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize", "tail")
+_OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize", "tail", "tail_gamma")
 
 
 @click.command("train-student")
@@ -94,8 +94,15 @@ _OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize
 @click.option(
     "--tail",
     default="bucket",
-    type=click.Choice(["bucket", "drop"]),
-    help="What stands for the teacher outside the kept tokens: one lump, or nothing.",
+    type=click.Choice(["bucket", "drop", "prior", "sampled"]),
+    help="What stands for the teacher outside the kept tokens: one lump; nothing; the cache's mean tail distribution; "
+    "or the tokens drawn from it (cache-teacher --tail-samples).",
+)
+@click.option(
+    "--tail-gamma",
+    default=0.5,
+    type=click.FloatRange(0, 1),
+    help="prior: how much the mean tail distribution weighs against the student's own, as an exponent.",
 )
 @click.option(
     "--eval-share",

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from storage.manifest import Manifest
+from tests.storage.synthetic import make_manifest, write_cache
 
 # What a command imports, done once. None of it may start a thread or compute anything, since all else is forked off.
 _PRELOAD = [
@@ -25,7 +30,6 @@ _PRELOAD = [
     "stages.training",
     "pipeline.training_progress",
     "tests.pipeline.apart",
-    "tests.storage.synthetic",
 ]
 
 
@@ -51,6 +55,8 @@ def _call(target: Callable[..., int | None], arguments: tuple, errors: str) -> N
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     # SIGKILL takes nothing from the kernel's cache, so flushing it would only cost time.
     os.fsync = lambda handle: None  # type: ignore[assignment]
+    # Two threads that wait for each other on a busy machine are many times slower than one.
+    torch.set_num_threads(1)
     code = 99
     try:
         code = target(*arguments) or 0
@@ -61,18 +67,33 @@ def _call(target: Callable[..., int | None], arguments: tuple, errors: str) -> N
         os._exit(code)
 
 
-def command(words: list[str], limit: int = 0, scratch: str | None = None) -> int:
-    """The real command; `limit`: bytes beyond which no file may grow; `scratch`: its folder for temporary files."""
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file of a cache; of a receipt, all but its timing."""
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            data = path.read_bytes()
+            if path.parent.name == "shards" and path.suffix == ".json":
+                data = json.dumps(
+                    {name: value for name, value in json.loads(data).items() if name != "seconds"}
+                ).encode()
+            found[str(path.relative_to(folder))] = data
+    return found
+
+
+def command(words: list[str], limit: int = 0) -> int:
+    """The real command; `limit`: bytes beyond which no file may grow."""
     import resource
 
     from pipeline.cli import run
 
-    if scratch:
-        os.environ["TMPDIR"] = scratch
-        tempfile.tempdir = None
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return run(words)
+
+
+def made_up_manifest() -> Manifest:
+    return make_manifest(shard_tokens=14)  # two shards
 
 
 def command_killed_in(words: list[str], function: str, times: int, needle: str = "") -> int:
@@ -102,7 +123,6 @@ def command_killed_in(words: list[str], function: str, times: int, needle: str =
 def write_made_up_cache(path: str, last_step: int) -> int:
     """Write a made-up cache, and SIGKILL this process before the `last_step`-th thing it does to the disk."""
     from storage import files
-    from tests.storage.synthetic import make_manifest, write_cache
 
     steps = 0
 
@@ -131,5 +151,5 @@ def write_made_up_cache(path: str, last_step: int) -> int:
     files.HashingFile.write = halves  # type: ignore[method-assign]
     for name in ("fsync", "replace", "link", "unlink", "mkdir", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
-    write_cache(Path(path), make_manifest())
+    write_cache(Path(path), made_up_manifest())
     return 0

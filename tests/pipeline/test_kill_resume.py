@@ -19,27 +19,17 @@ from storage.cache import Cache
 from storage.errors import CacheError
 from tests.conftest import Finished, Tiny
 from tests.pipeline import apart
+from tests.pipeline.apart import contents
 from tests.storage.synthetic import make_manifest, write_cache
 
 PATIENCE = 120
+MANIFEST = apart.made_up_manifest()
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL takes nothing from the kernel's cache, so flushing it would only cost time (as in `apart`)."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of every file of a cache; of a receipt, all but its timing."""
-    found: dict[str, bytes] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            data = path.read_bytes()
-            if path.parent.name == "shards" and path.suffix == ".json":
-                data = json.dumps({k: v for k, v in json.loads(data).items() if k != "seconds"}).encode()
-            found[str(path.relative_to(folder))] = data
-    return found
 
 
 def assert_same(folder: Path, undisturbed: Path) -> None:
@@ -73,7 +63,7 @@ def assert_nothing_half_done(folder: Path) -> int:
 
 
 def test_killed_before_every_step_of_writing_a_cache(tmp_path: Path) -> None:
-    write_cache(tmp_path / "undisturbed", make_manifest())
+    write_cache(tmp_path / "undisturbed", MANIFEST)
     survived: list[int] = []
     for step in range(1, 500):
         path = tmp_path / f"killed-{step}"
@@ -83,17 +73,17 @@ def test_killed_before_every_step_of_writing_a_cache(tmp_path: Path) -> None:
             break
         assert child.exitcode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
         survived.append(assert_nothing_half_done(path))
-        write_cache(path, make_manifest())
+        write_cache(path, MANIFEST)
         assert_same(path, tmp_path / "undisturbed")
         shutil.rmtree(path)
     print(f"{len(survived)} steps, finished shards after each: {survived}")
     assert len(survived) > 50
-    assert set(survived) == {0, 1, 2, 3} and survived == sorted(survived)
+    assert set(survived) == {0, 1, 2} and survived == sorted(survived)
 
 
 def test_killed_again_and_again_in_the_same_directory(tmp_path: Path) -> None:
     """What each attempt finds is what the killed ones before it left."""
-    write_cache(tmp_path / "undisturbed", make_manifest())
+    write_cache(tmp_path / "undisturbed", MANIFEST)
     path, kills, dice = tmp_path / "cache", 0, random.Random(0)
     while True:
         child = apart.start(apart.write_made_up_cache, str(path), dice.randint(1, 80), errors=str(tmp_path / "stderr"))
@@ -191,14 +181,20 @@ def kill(child: Any) -> bool:
 def test_cache_teacher_killed_at_random_moments(
     tmp_path: Path, tiny: Tiny, undisturbed: Undisturbed, pipeline: Callable[..., Finished]
 ) -> None:
-    """Some kills come while the teacher is loaded, most at any point of the writing, as far as three shards on."""
+    """Some kills come while the teacher is loaded, most at any point of the writing, as far as five shards on."""
     dice = random.Random(20)
     per_shard = undisturbed.writing / undisturbed.shards
     survived: list[int] = []  # finished shards after each kill
-    finished: list[Path] = []
+
+    def during() -> list[int]:
+        return [count for count in survived if 0 < count < undisturbed.shards]
+
+    def thirds() -> set[int]:
+        return {3 * count // undisturbed.shards for count in during()}
+
     errors = tmp_path / "stderr"
-    while len(survived) < 20 or not finished:
-        path = tmp_path / f"cache-{len(finished)}"
+    for cache in range(6):
+        path = tmp_path / f"cache-{cache}"
         while True:
             errors.unlink(missing_ok=True)
             before = receipts(path)
@@ -213,15 +209,15 @@ def test_cache_teacher_killed_at_random_moments(
                 break
             survived.append(assert_nothing_half_done(path))
             assert survived[-1] >= before
-        finished.append(path)
         assert_same(path, undisturbed.path)
         assert pipeline("verify", path).code == 0
+        if len(survived) >= 20 and len(during()) >= 10 and thirds() == {0, 1, 2}:
+            break
     print(f"{len(survived)} kills, finished shards after each: {survived}, of {undisturbed.shards}")
-    # The kills hit during the work, and all over it.
-    during = [count for count in survived if 0 < count < undisturbed.shards]
-    assert len(during) >= 10
-    thirds = {3 * count // undisturbed.shards for count in during}
-    assert thirds == {0, 1, 2}
+    assert len(survived) >= 20
+    # They hit during the work, and all over it.
+    assert len(during()) >= 10
+    assert thirds() == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +243,28 @@ def test_cache_teacher_killed_between_its_parts(
     child = apart.start(apart.command, words, errors=str(errors))
     child.join(PATIENCE)
     assert child.exitcode == 0, errors.read_text()
+    assert_same(path, undisturbed.path)
+
+
+def test_the_same_command_makes_lost_and_damaged_shards_again(
+    tmp_path: Path, tiny: Tiny, undisturbed: Undisturbed
+) -> None:
+    """A disk may lose what was written long ago; only that is done again."""
+    path, errors = tmp_path / "cache", tmp_path / "stderr"
+    shutil.copytree(undisturbed.path, path)
+    cache = Cache.open(path)
+    cache.shard_path(2).unlink()
+    cache.receipt_path(3).unlink()
+    cache.receipt_path(5).write_text("{")
+    for damaged in (cache.shard_path(7), cache._tail_sum_path(11)):
+        raw = bytearray(damaged.read_bytes())
+        raw[100] ^= 1
+        damaged.write_bytes(raw)
+    (path / "tail_prior.parquet").unlink()
+    child = apart.start(apart.command, caching_words(tiny, path), errors=str(errors))
+    child.join(PATIENCE)
+    assert child.exitcode == 0, errors.read_text()
+    assert f"{undisturbed.shards - 5} of {undisturbed.shards} shards are done already" in errors.read_text()
     assert_same(path, undisturbed.path)
 
 
@@ -307,10 +325,13 @@ def measured(output: Path) -> dict[str, Any]:
 
 
 def assert_same_student(output: Path, trained: Trained) -> None:
-    """Weights bit for bit, every logged loss, every measure on the held-out share."""
+    """Weights bit for bit, the loss of every step, every measure on the held-out share."""
     assert (output / "model.safetensors").read_bytes() == (trained.path / "model.safetensors").read_bytes()
     ours, theirs = measured(output), measured(trained.path)
-    assert ours["log"] == theirs["log"]
+    logs = [[(entry["step"], entry["loss"]) for entry in run.pop("log") if "loss" in entry] for run in (ours, theirs)]
+    assert logs[0] == logs[1] and len(logs[0]) == 12
+    # Trainer's mean over the steps starts anew with every resume; then it must not be given for the whole run's.
+    assert ours.pop("train_loss") in (None, theirs.pop("train_loss"))
     assert ours == theirs
     assert not list(output.rglob(".tmp-*"))
 
@@ -321,59 +342,60 @@ def checkpoints(output: Path) -> list[int]:
 
 def test_train_student_killed_at_random_moments(tmp_path: Path, tiny: Tiny, cache_path: Path, trained: Trained) -> None:
     dice = random.Random(3)
-    output, errors = tmp_path / "student", tmp_path / "stderr"
-    words = training_words(tiny, cache_path, output)
+    errors = tmp_path / "stderr"
     left: list[int] = []  # the last checkpoint after each kill
-    for attempt in range(20):
-        errors.unlink(missing_ok=True)
-        child = apart.start(apart.command, words, errors=str(errors))
-        if len(left) < 6:
-            before = left[-1] if left else 0
-            if attempt % 2:
-                wait_for(lambda before=before: max(checkpoints(output), default=0) > before, child)
-                time.sleep(dice.uniform(0, 0.2 * trained.seconds))
-            else:
-                wait_for((output / "run.json").exists, child)
-                time.sleep(dice.uniform(0, 0.7 * trained.seconds))
-            if child.exitcode is None and kill(child):
-                left.append(max(checkpoints(output), default=0))
-                continue
-        child.join(PATIENCE)
-        assert child.exitcode == 0, errors.read_text()
-        break
+    for run in range(4):
+        output = tmp_path / f"student-{run}"
+        words = training_words(tiny, cache_path, output)
+        for attempt in range(7):
+            errors.unlink(missing_ok=True)
+            before = max(checkpoints(output), default=0)
+            child = apart.start(apart.command, words, errors=str(errors))
+            if attempt < 6:
+                if attempt % 2:
+                    wait_for(lambda output=output, before=before: max(checkpoints(output), default=0) > before, child)
+                    time.sleep(dice.uniform(0, 0.2 * trained.seconds))
+                else:
+                    wait_for((output / "run.json").exists, child)
+                    time.sleep(dice.uniform(0, 0.7 * trained.seconds))
+                if child.exitcode is None and kill(child):
+                    left.append(max(checkpoints(output), default=0))
+                    continue
+            child.join(PATIENCE)
+            assert child.exitcode == 0, errors.read_text()
+            break
+        assert_same_student(output, trained)
+        if len([step for step in left if 0 < step < 12]) >= 2:
+            break
     print(f"{len(left)} kills, last checkpoint after each: {left}")
-    assert len(left) >= 2 and any(0 < step < 12 for step in left)
-    assert_same_student(output, trained)
+    assert len([step for step in left if 0 < step < 12]) >= 2
 
 
 @pytest.mark.parametrize(
-    ("function", "times"),
+    ("function", "times", "whole"),
     [
-        ("safetensors.torch:save_file", 2),
-        ("transformers.modeling_utils:safe_save_file", 2),
-        ("transformers.trainer:Trainer._save_optimizer_and_scheduler", 2),
-        ("transformers.trainer:Trainer._save_rng_state", 2),
-        ("transformers.trainer:TrainerState.save_to_json", 2),
-        ("transformers.trainer:rotate_checkpoints", 3),
-        ("stages.training:DistillationTrainer.evaluation_loop", 2),
+        ("transformers.modeling_utils:safe_save_file", 2, 3),
+        ("transformers.trainer:Trainer._save_optimizer_and_scheduler", 2, 3),
+        ("transformers.trainer:Trainer._save_rng_state", 2, 3),
+        ("transformers.trainer:TrainerState.save_to_json", 2, 3),
+        ("transformers.trainer:rotate_checkpoints", 3, 9),
+        ("stages.training:DistillationTrainer.evaluation_loop", 2, 6),
     ],
-    ids=lambda value: str(value).rpartition(".")[2],
+    ids=["weights", "optimizer", "random state", "state", "old checkpoints removed", "evaluation"],
 )
 def test_train_student_killed_while_it_saves(
-    tmp_path: Path, tiny: Tiny, cache_path: Path, trained: Trained, function: str, times: int
+    tmp_path: Path, tiny: Tiny, cache_path: Path, trained: Trained, function: str, times: int, whole: int
 ) -> None:
-    """A checkpoint that is not whole is passed over for the one before it."""
+    """A checkpoint that is not whole is passed over for the one before it, of step `whole`."""
     output, errors = tmp_path / "student", tmp_path / "stderr"
     words = training_words(tiny, cache_path, output)
     child = apart.start(apart.command_killed_in, words, function, times, errors=str(errors))
     child.join(PATIENCE)
-    if child.exitcode == 0 and "save_file" in function:
-        pytest.skip(f"transformers does not save by way of {function}")
     assert child.exitcode == -signal.SIGKILL, errors.read_text()
-    assert checkpoints(output)
     child = apart.start(apart.command, words, errors=str(errors))
     child.join(PATIENCE)
     assert child.exitcode == 0, errors.read_text()
+    assert f"going on from {output / f'checkpoint-{whole}'}\n" in errors.read_text()
     assert_same_student(output, trained)
 
 

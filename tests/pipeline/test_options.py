@@ -8,8 +8,8 @@ import click
 
 from pipeline.commands import cache_teacher, train_student
 from stages import caching, engines, objective, ranking
-from stages.divergence import TAIL_MODES
 from stages.student import StudentOptions
+from stages.tail import TAIL_MODES
 
 
 def choices(command: click.Command, name: str) -> tuple[str, ...]:

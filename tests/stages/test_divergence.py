@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from stages.divergence import TAIL_MODES, TeacherRows, divergences, student_terms, teacher_terms
+from stages.divergence import TeacherRows, divergences, student_terms, teacher_terms
+from stages.tail import Tail, log_prior
 from tests import reference
+
+PLAIN_MODES = ("bucket", "drop")
 
 
 def kept_rows(teacher: np.ndarray, gold: np.ndarray, top_n: int, dtype: torch.dtype = torch.float64) -> TeacherRows:
@@ -28,7 +31,7 @@ def random_pair(rows: int, vocabulary: int, scale: float, seed: int = 0):
     return teacher, student, generator.integers(0, vocabulary, rows)
 
 
-@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("tail", PLAIN_MODES)
 @pytest.mark.parametrize("top_n", [1, 5, 29, 30])
 @pytest.mark.parametrize("scale", [1.0, 6.0])
 def test_equal_to_the_reference(tail: str, top_n: int, scale: float) -> None:
@@ -70,7 +73,7 @@ def test_bucket_is_a_lower_bound_that_grows_with_n() -> None:
     np.testing.assert_allclose(last, exact, rtol=1e-10)
 
 
-@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("tail", PLAIN_MODES)
 @pytest.mark.parametrize("top_n", [1, 3, 9])
 def test_gradcheck(tail: str, top_n: int) -> None:
     teacher, student, gold = random_pair(6, 9, 2.0)
@@ -84,7 +87,7 @@ def test_gradcheck(tail: str, top_n: int) -> None:
     assert torch.autograd.gradcheck(total, (torch.tensor(student, requires_grad=True),))
 
 
-@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("tail", PLAIN_MODES)
 @pytest.mark.parametrize("sure", [1e-9, 1.0 - 1e-9])
 @pytest.mark.parametrize("top_n", [1, 4, 50])
 def test_extreme_gold_in_float32(tail: str, sure: float, top_n: int) -> None:
@@ -107,7 +110,7 @@ def test_extreme_gold_in_float32(tail: str, sure: float, top_n: int) -> None:
     assert torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("tail", TAIL_MODES)
+@pytest.mark.parametrize("tail", PLAIN_MODES)
 def test_a_certain_teacher_has_no_dkd(tail: str) -> None:
     """p(gold) = 1 exactly: the non-gold distribution does not exist, DKD counts as 0 and TKD is -log q."""
     rows = TeacherRows(
@@ -136,7 +139,7 @@ def test_padding_entries_change_nothing() -> None:
         torch.cat([rows.top_ids, torch.full((8, 3), 19)], 1),
         torch.cat([rows.top_logprobs, torch.full((8, 3), float("-inf"), dtype=torch.float64)], 1),
     )
-    for tail in TAIL_MODES:
+    for tail in PLAIN_MODES:
         plain = divergences(student_terms(torch.tensor(student), rows), teacher_terms(rows, tail, torch.float64))
         found = divergences(student_terms(torch.tensor(student), padded), teacher_terms(padded, tail, torch.float64))
         torch.testing.assert_close(found.dkd, plain.dkd)
@@ -153,3 +156,77 @@ def test_a_wider_student_spreads_into_its_own_tail() -> None:
     for row in range(6):
         np.testing.assert_allclose(found.dkd[row], reference.dkd(padded[row], wide[row], int(gold[row])), rtol=1e-9)
         np.testing.assert_allclose(found.tkd[row], reference.tkd(padded[row], wide[row], int(gold[row])), rtol=1e-9)
+
+
+def tail_of(teacher: np.ndarray, gold: int, top_n: int) -> tuple[np.ndarray, np.ndarray]:
+    """bool `[V]`, the tail; and the teacher's non-gold distribution p^."""
+    outside = np.ones(len(teacher), bool)
+    outside[reference.position_statistics(teacher, gold, top_n)["top_ids"]] = False
+    outside[gold] = False
+    p = np.exp(reference.log_softmax(teacher))
+    p[gold] = 0
+    return outside, p / p.sum()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_prior_spreads_the_tail_as_it_says(gamma: float) -> None:
+    """DKD with p^ replaced, over the tail, by its mass times r ~ prior^gamma q^(1 - gamma)."""
+    teacher, student, gold = random_pair(12, 40, 2.0)
+    prior = np.random.default_rng(5).dirichlet(np.ones(40))
+    rows = kept_rows(teacher, gold, 6)
+    tail = Tail("prior", gamma, log_prior(torch.tensor(prior)))
+    terms = teacher_terms(rows, "prior", torch.float64)
+    logits = torch.tensor(student, requires_grad=True)
+    found = divergences(student_terms(logits, rows, tail), terms)
+    (gradient,) = torch.autograd.grad(found.dkd.sum(), logits)
+    for row in range(12):
+        outside, p = tail_of(teacher[row], int(gold[row]), 6)
+        q = np.exp(reference.log_softmax(student[row]))
+        q[gold[row]] = 0
+        q /= q.sum()
+        shape = np.where(outside, prior**gamma * q ** (1 - gamma), 0.0)
+        target = np.where(outside, p[outside].sum() * shape / shape.sum(), p)
+        inside = target > 0
+        expected = (target[inside] * np.log(target[inside] / q[inside])).sum()
+        np.testing.assert_allclose(found.dkd[row].item(), expected, rtol=1e-9)
+        # With r held constant, the gradient of a cross-entropy: q^ - p^ on the non-gold ids.
+        np.testing.assert_allclose(gradient[row], q - target, atol=1e-12)
+
+
+def test_sampled_tail_has_the_gradient_of_the_full_teacher_on_average() -> None:
+    """Each sample stands for 1/M of the tail; over many draws the gradient is the one of the whole distribution."""
+    teacher, student, gold = random_pair(3, 30, 1.5)
+    rows = kept_rows(teacher, gold, 4)
+    generator = np.random.default_rng(0)
+    draws = []
+    for row in range(3):
+        outside, p = tail_of(teacher[row], int(gold[row]), 4)
+        draws.append(generator.choice(30, (4000, 8), p=np.where(outside, p, 0) / p[outside].sum()))
+    logits = torch.tensor(student, requires_grad=True)
+    terms = teacher_terms(rows, "sampled", torch.float64)
+    gradients = []
+    for draw in range(4000):
+        rows.tail_samples = torch.tensor(np.stack([d[draw] for d in draws]))
+        found = divergences(student_terms(logits, rows, Tail("sampled")), terms)
+        gradients.append(torch.autograd.grad(found.dkd.sum(), logits)[0])
+    stacked = torch.stack(gradients)
+    mean, error = stacked.mean(0), stacked.std(0) / 4000**0.5
+    for row in range(3):
+        _, p = tail_of(teacher[row], int(gold[row]), 4)
+        q = np.exp(reference.log_softmax(student[row]))
+        q[gold[row]] = 0
+        assert ((mean[row] - torch.tensor(q / q.sum() - p)).abs() <= 5 * error[row] + 1e-12).all()
+
+
+@pytest.mark.parametrize("mode", ["prior", "sampled"])
+def test_an_empty_tail_has_no_shape(mode: str) -> None:
+    teacher, student, gold = random_pair(5, 12, 1.0)
+    rows = kept_rows(teacher, gold, 12)
+    rows.tail_samples = torch.full((5, 3), -1)
+    tail = Tail(mode, 0.5, torch.zeros(12))
+    logits = torch.tensor(student, requires_grad=True)
+    found = divergences(student_terms(logits, rows, tail), teacher_terms(rows, mode, torch.float64))
+    expected = [reference.dkd(p, q, int(g)) for p, q, g in zip(teacher, student, gold, strict=True)]
+    np.testing.assert_allclose(found.dkd.detach(), expected, rtol=1e-9)
+    found.dkd.sum().backward()
+    assert torch.isfinite(logits.grad).all()

@@ -1,0 +1,57 @@
+"""What stands for the teacher inside the tail: the ids outside top-N and gold, of which only the mass is stored.
+
+    bucket   one lump, compared with the student's lump: a lower bound of the divergence, exact when the tail is
+             empty; leaves the shape of the student's tail free
+    drop     nothing, the kept set renormalised (what most systems do): biased, kept for comparison
+    prior    spread as r_j ~ prior_j^gamma * q_j^(1-gamma) over the tail, q the student itself and held constant,
+             prior the teacher's mean tail distribution over the whole cache: no bytes per token
+    sampled  the ids that were drawn from the tail when caching, each standing for 1/M of its mass: unbiased, noisy
+
+With `s` that shape (it sums to 1 over the tail) the teacher's tail adds, beyond the bucket's lump,
+
+    p^_tail * KL(s || q_tail) = p^_tail * (sum_j s_j log s_j - (sum_j s_j z_j - logsumexp_tail z))
+
+so all that the student's logits z have to give is one more number per row, `sum_j s_j z_j`. For `sampled` the first sum
+is not known; it is a constant, left at 0, so a reported DKD contains the entropy of the teacher's tail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+TailMode = Literal["bucket", "drop", "prior", "sampled"]
+TAIL_MODES: tuple[str, ...] = get_args(TailMode)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A tail mode with what it needs. gamma: of `prior`, 0..1. log_prior: float `[V]`, log of the mean tail mass of
+    each id up to a constant; ids that never were in a tail have the smallest value there is, not -inf."""
+
+    mode: TailMode = "bucket"
+    gamma: float = 0.5
+    log_prior: torch.Tensor | None = None
+
+    @property
+    def has_shape(self) -> bool:
+        return self.mode in ("prior", "sampled")
+
+    def prior_shape(self, tail_softmax: torch.Tensor) -> torch.Tensor:
+        """r `[C, V]` of the mode `prior`, summing to 1 over the tail, from the student's softmax within it."""
+        assert self.log_prior is not None
+        width = tail_softmax.shape[1]
+        prior = torch.nn.functional.pad(self.log_prior, (0, max(0, width - len(self.log_prior))), value=float("-inf"))
+        weights = (self.gamma * prior[:width].to(tail_softmax)).exp()
+        # 0^0 is 1: at gamma = 1 the kept set must be left out by hand.
+        shape = tail_softmax.pow(1.0 - self.gamma).mul_(weights).masked_fill_(tail_softmax == 0, 0.0)
+        return shape.div_(shape.sum(1, keepdim=True).clamp(min=torch.finfo(shape.dtype).tiny))
+
+
+def log_prior(mean_tail: torch.Tensor) -> torch.Tensor:
+    """From `tail_prior` of a cache, float32 `[V]`. An id that no tail ever held gets a tenth of the rarest's mass."""
+    positive = mean_tail[mean_tail > 0]
+    floor = positive.min() / 10 if len(positive) else torch.tensor(1.0)
+    return mean_tail.clamp(min=float(floor)).log()
