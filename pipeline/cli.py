@@ -264,6 +264,8 @@ def run(args: Sequence[str] | None = None, command: click.Command = main) -> int
         command.main(prog_name=PROGRAM)  # The shell asks for completions; this does not return.
     args = list(sys.argv[1:] if args is None else args)
     debug = _wants_debug(args)
+    # Threads of torch that wait by spinning slow everything down, themselves most, as soon as the cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not debug:
         _quiet_libraries()
     try:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported: threads that wait by spinning starve the processes that some tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
