@@ -46,6 +46,9 @@ COMMANDS: dict[str, Entry] = {
         "Run the teacher once over a corpus and write its cache of log-probabilities.",
     ),
     "train-student": Entry("pipeline.commands.train_student", "Train a student from a cache; no teacher is needed."),
+    "generate": Entry(
+        "pipeline.commands.generate", "Let a model write completions for prompts, to be scored or trained on."
+    ),
     "inspect": Entry("pipeline.commands.inspect", "Show what a cache holds, or one sequence of it as text."),
     "verify": Entry("pipeline.commands.verify", "Check every shard of a cache against its receipt and the format."),
 }

@@ -29,7 +29,7 @@ from stages.teacher import Scored, ScoredSequence, Teacher
 from storage import schema
 from storage.cache import Cache
 from storage.errors import RunError, UserError
-from storage.files import sync_directory
+from storage.files import sync_directory, temporary_for
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions
 from storage.plan import plan_shards
 from storage.rows import Ragged, Rows
@@ -166,7 +166,7 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
         finally:
             teacher.close()
     summary = summarize(cache)
-    if prepared.pending or not cache.is_sealed:
+    if prepared.pending or not cache.is_sealed or cache.lacks_tail_prior:
         cache.seal(card(cache, summary))
     return cache, summary
 
@@ -216,15 +216,18 @@ def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """The tokenizer's files appear together or not at all."""
     if target.exists():
         return
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    tokenizer.save_pretrained(temporary)
+    temporary = temporary_for(target)
     try:
+        tokenizer.save_pretrained(temporary)
         os.replace(temporary, target)
-    except OSError:
-        # Another process was first, with the same tokenizer.
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not target.exists():
+        if target.exists():
+            return  # Another process was first, with the same tokenizer.
+        if isinstance(error, OSError):
             raise
+        # The tokenizers library, which is not Python, has one exception for everything.
+        raise RunError(f"{target}: the tokenizer cannot be written ({str(error)[:200]})") from None
     sync_directory(target.parent)
 
 
@@ -256,6 +259,10 @@ def cache_shards(
         waiting: Future[None] | None = None
         for index in pending:
             planned = cache.manifest.shards[index]
+            # Another worker on this directory may have been here first.
+            if cache.is_done(index):
+                progress(planned.tokens)
+                continue
             started = time.monotonic()
             scored = teacher.score(corpus.read(planned.first, planned.first + planned.sequences), progress)
             seconds = time.monotonic() - started

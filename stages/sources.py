@@ -141,8 +141,10 @@ def full_disk_as_run_error(folder: str) -> Iterator[None]:
     """Turn the OSError of a full disk into a RunError that names the scratch folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, ValueError) as error:
+        # `datasets` closes its writer after a failed write, and the error of that hides the first one.
+        disk = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(disk, OSError) or disk.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise RunError(
             f"The disk under {folder} is full while preparing the corpus; free some space or set TMPDIR to a "

@@ -19,7 +19,7 @@ import numpy as np
 from stages.objective import Objective
 from storage.cache import Cache
 from storage.errors import CacheError, RunError, UserError
-from storage.files import write_json
+from storage.files import remove_temporaries, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -175,30 +175,46 @@ def run_identity(options: StudentOptions, cache: Cache) -> dict[str, Any]:
 
 def _previous_run(options: StudentOptions, cache: Cache) -> tuple[str | None, dict[str, Any] | None]:
     """The checkpoint to go on from, or the metrics of a run that is already done."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; --output wants a directory")
-    if not output.is_dir() or not any(output.iterdir()):
+    # Hidden files may be what a killed run left of its first one.
+    if not output.is_dir() or all(entry.name[:1] == "." for entry in output.iterdir()):
         return None, None
-    marker = output / RUN
-    if not marker.exists():
+    if not (output / RUN).exists():
         raise UserError(f"{output}: holds other files and no run of train-student; name a new --output")
-    try:
-        there = json.loads(marker.read_text())
-    except ValueError:
-        raise UserError(f"{marker}: damaged; name a new --output") from None
-    ours = run_identity(options, cache)
-    if there != ours:
-        differing = [key for key in ours if there.get(key) != ours[key]]
+    there, ours = _read_object(output / RUN), run_identity(options, cache)
+    if differing := [key for key in sorted({*there, *ours}) if there.get(key) != ours.get(key)]:
         raise UserError(
             f"{output}: holds another run, which differs in {', '.join(differing)}; "
             "name a new --output or repeat the command that began it"
         )
     if (output / METRICS).exists():
-        return None, json.loads((output / METRICS).read_text())
-    return get_last_checkpoint(str(output)), None
+        return None, _read_object(output / METRICS)
+    return _last_whole_checkpoint(output), None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged; name a new --output")
+    return value
+
+
+def _last_whole_checkpoint(output: Path) -> str | None:
+    """Trainer writes a checkpoint file by file and its state last: without a state that parses, it is not whole."""
+    steps = [int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for step in sorted(steps, reverse=True):
+        checkpoint = output / f"checkpoint-{step}"
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None
 
 
 def load_student(prepared: Prepared) -> PreTrainedModel:
@@ -271,6 +287,7 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
     output = Path(options.output)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(output)
         write_json(output / RUN, run_identity(options, cache))
     try:
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
@@ -288,7 +305,8 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
         "teacher": cache.manifest.teacher.name,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_loss": result.training_loss,
+        # Trainer's mean starts anew when a run is resumed.
+        "train_loss": result.training_loss if prepared.checkpoint is None else None,
         "train_seconds": seconds,
         "train_tokens_per_second": trainer.trained_positions / seconds,
         "held_out_sequences": len(prepared.eval_ids),

@@ -228,6 +228,11 @@ class Cache:
     def is_sealed(self) -> bool:
         return (self.path / CARD).exists()
 
+    @property
+    def lacks_tail_prior(self) -> bool:
+        """Whether the mean tail distribution is missing though every shard has its part of it."""
+        return not (self.path / TAIL_PRIOR).exists() and all(r.tail_prior_sha256 for r in self.receipts())
+
     def tail_prior(self) -> np.ndarray | None:
         """Mean over stored positions of the teacher's mass on each id outside the kept set: float32 `[V]`.
 

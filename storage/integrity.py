@@ -49,6 +49,6 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
             yield str(error)
             return
         if prior is None:
-            yield f"{cache.path / 'tail_prior.parquet'}: missing"
+            yield f"{cache.path / 'tail_prior.parquet'}: missing; repeat the `pipeline cache-teacher` that made it"
         elif stored and abs(float(prior.sum(dtype=np.float64)) - tail_mass / stored) > 1e-3:
             yield f"{cache.path / 'tail_prior.parquet'}: does not sum to the mean tail mass"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.progress import Progress, printable
-from storage.errors import RunError
+from storage.errors import RunError, UserError
 
 
 @click.command("verify")
@@ -21,6 +21,7 @@ def command(directory: str) -> None:
     Example:
       pipeline verify cache/
     """
+    from stages.compatibility import cache_tokenizer
     from storage import integrity
     from storage.cache import Cache
 
@@ -31,6 +32,11 @@ def command(directory: str) -> None:
         for problem in integrity.problems(cache, lambda shard: progress.advance(shards[shard].tokens)):
             found += 1
             click.echo(printable(problem))
+    try:
+        cache_tokenizer(cache)
+    except UserError as error:
+        found += 1
+        click.echo(printable(str(error)))
     if found:
         raise RunError(f"{directory}: {found} problem{'s' * (found > 1)} in this cache")
     click.echo(f"{directory}: {len(shards)} shards, {cache.manifest.corpus.tokens} tokens, all sound")

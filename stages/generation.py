@@ -1,0 +1,301 @@
+"""`pipeline generate`: a model writes completions for a file of prompts, in vLLM.
+
+With a teacher: data for sequence-level distillation. With a student: its own samples (on-policy data), which
+`cache-teacher` then lets the teacher score. The output is JSONL with the input's own fields kept, so it can be the
+input again. It grows in `OUTPUT.partial` and takes its name when it is whole; what is drawn for a prompt depends on
+seed, row and sample alone, so a run that was killed and goes on writes what an undisturbed one would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.identity import teacher_identity
+from stages.pretrained import load_config, load_tokenizer
+from stages.sources import load_rows
+from storage.errors import RunError, UserError
+from storage.files import sync_directory, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Prompts given to the engine between two writes: enough to fill a batch, little to lose.
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Lengths in tokens. samples: completions per prompt. token_ids: rows of `input_ids` and `loss_mask` instead of
+    text, which say exactly what was drawn (text may be split into other tokens when it is read again)."""
+
+    model: str
+    prompts: str
+    output: str
+    max_new_tokens: int = 512
+    max_length: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    samples: int = 1
+    seed: int = 0
+    token_ids: bool = False
+    prompt_column: str | None = None
+    messages_column: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    vllm_args: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and one sample to draw from it."""
+
+    row: dict[str, Any]
+    ids: list[int]
+    index: int
+    sample: int
+
+
+@dataclass
+class PreparedGeneration:
+    """Checked, tokenised and ready; `done` lines of the output are there already."""
+
+    options: GenerateOptions
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    column: str
+    chat: bool
+    max_length: int
+    done: int
+
+    @property
+    def partial(self) -> Path:
+        return Path(f"{self.options.output}.partial")
+
+
+def prepare(options: GenerateOptions) -> PreparedGeneration:
+    """Raises UserError, with nothing written, for whatever can be told before the model is loaded."""
+    from stages.teacher_vllm import NOT_INSTALLED, can_serve
+
+    if Path(options.output).exists():
+        raise UserError(f"{options.output}: exists already; name another --output or move it away")
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = load_config(options.model, **source)
+    serves, why = can_serve(options.model, **source)
+    if not serves:
+        raise UserError(NOT_INSTALLED if "not installed" in why else why)
+    tokenizer = load_tokenizer(options.model, **source)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    max_length = options.max_length or context or 4096
+    rows = load_rows(options.prompts, split=options.split, limit=options.limit)
+    try:
+        column, chat = _find_column(rows.column_names, options)
+        encoded = [
+            (rows[index], _prompt_ids(tokenizer, rows[index].get(column), chat, rows.origin.where(index)))
+            for index in range(len(rows))
+        ]
+        for index, (_, ids) in enumerate(encoded):
+            if len(ids) + options.max_new_tokens > max_length:
+                raise UserError(
+                    f"{rows.origin.where(index)}: the prompt has {len(ids)} tokens, and with --max-new-tokens "
+                    f"{options.max_new_tokens} that is beyond the {max_length} the model reads"
+                )
+    finally:
+        rows.close()
+    prompts = [
+        Prompt(row, ids, index, sample) for index, (row, ids) in enumerate(encoded) for sample in range(options.samples)
+    ]
+    prepared = PreparedGeneration(options, tokenizer, prompts, column, chat, max_length, 0)
+    prepared.done = _lines_done(prepared, _identity(options, config, encoded))
+    return prepared
+
+
+def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> int:
+    """Write what is left; returns the number of completions. `progress` gets new tokens. Raises RunError."""
+    options = prepared.options
+    marker = _marker(prepared)
+    identity = _identity(options, None, [(p.row, p.ids) for p in prepared.prompts if p.sample == 0])
+    if not marker.exists():
+        write_json(marker, identity)
+    engine = _Engine(prepared) if prepared.done < len(prepared.prompts) else None
+    with open(prepared.partial, "ab") as file:
+        for start in range(prepared.done, len(prepared.prompts), WINDOW):
+            window = prepared.prompts[start : start + WINDOW]
+            assert engine is not None
+            answers = engine.complete(window)
+            for prompt, (ids, reason) in zip(window, answers, strict=True):
+                row = _row(prepared, prompt, ids, reason)
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+            progress(sum(len(ids) for ids, _ in answers))
+    os.replace(prepared.partial, options.output)
+    sync_directory(Path(options.output).absolute().parent)
+    marker.unlink(missing_ok=True)
+    return len(prepared.prompts)
+
+
+class _Engine:
+    """vLLM generating from token ids."""
+
+    def __init__(self, prepared: PreparedGeneration) -> None:
+        from stages.teacher_vllm import generating_llm
+
+        options = prepared.options
+        self._prepared = prepared
+        self._llm = generating_llm(
+            options.model,
+            max_length=prepared.max_length,
+            dtype=options.dtype,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            engine_args=options.vllm_args,
+        )
+        generation = self._llm.model_config.try_get_generation_config() or {}
+        ends = generation.get("eos_token_id", prepared.tokenizer.eos_token_id)
+        self._ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+
+    def complete(self, window: list[Prompt]) -> list[tuple[list[int], str]]:
+        """New token ids of each prompt, the end token included, and why it ended (stop or length)."""
+        from vllm import SamplingParams
+
+        options = self._prepared.options
+        parameters = [
+            SamplingParams(
+                temperature=options.temperature,
+                top_p=options.top_p,
+                max_tokens=options.max_new_tokens,
+                seed=_seed(options.seed, prompt),
+                stop_token_ids=self._ends,
+                detokenize=False,
+            )
+            for prompt in window
+        ]
+        prompts: Any = [{"prompt_token_ids": prompt.ids} for prompt in window]
+        try:
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise RunError(
+                f"the vLLM engine failed ({reason}); if it ran out of memory, lower --vllm-arg "
+                "max_num_batched_tokens=… or gpu_memory_utilization=…; start the same command again to go on"
+            ) from error
+        return [(list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason)) for output in outputs]
+
+
+def _seed(seed: int, prompt: Prompt) -> int:
+    digest = hashlib.blake2b(f"{seed}/{prompt.index}/{prompt.sample}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _row(prepared: PreparedGeneration, prompt: Prompt, ids: list[int], reason: str) -> dict[str, Any]:
+    if prepared.options.token_ids:
+        # Position t predicts id t + 1: the completion's ids are predicted from the last id of the prompt on.
+        mask = [False] * (len(prompt.ids) - 1) + [True] * len(ids)
+        return {"input_ids": prompt.ids + ids, "loss_mask": mask}
+    text = prepared.tokenizer.decode(ids, skip_special_tokens=True)
+    row = {**prompt.row, "finish_reason": reason}
+    if prepared.options.samples > 1:
+        row["sample"] = prompt.sample
+    if prepared.chat:
+        return {**row, prepared.column: [*prompt.row[prepared.column], {"role": "assistant", "content": text}]}
+    return {**row, "completion": text}
+
+
+def _find_column(there: list[str], options: GenerateOptions) -> tuple[str, bool]:
+    """Name of the column of prompts, and whether it holds chats."""
+    if options.prompt_column and options.messages_column:
+        raise UserError("--prompt-column and --messages-column exclude each other; give one")
+    wanted = options.prompt_column or options.messages_column
+    if wanted is None:
+        found = [name for name in ("prompt", "messages") if name in there]
+        if len(found) != 1:
+            raise UserError(
+                f"{options.prompts}: {'both' if found else 'neither'} a column `prompt` {'and' if found else 'nor'} "
+                f"`messages` among {', '.join(there)}; name one with --prompt-column or --messages-column"
+            )
+        wanted = found[0]
+    if wanted not in there:
+        raise UserError(f"{options.prompts}: has no column {wanted!r}; its columns are {', '.join(there)}")
+    return wanted, wanted == (options.messages_column or "messages") and not options.prompt_column
+
+
+def _prompt_ids(tokenizer: Any, value: Any, chat: bool, where: str) -> list[int]:
+    if chat:
+        if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+            raise UserError(f"{where}: messages are not a list of role and content")
+        if value[-1].get("role") == "assistant":
+            raise UserError(f"{where}: the chat ends with the assistant's turn; there is nothing left to answer")
+        try:
+            text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
+            raise UserError(f"{where}: the chat template refuses these messages ({str(error)[:120]})") from None
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: the prompt is not text, or empty; mend or remove the row")
+        ids = tokenizer(value)["input_ids"]
+    if not ids:
+        raise UserError(f"{where}: the prompt has no tokens")
+    return list(ids)
+
+
+def _identity(options: GenerateOptions, config: Any, encoded: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
+    """What must agree for lines already written to belong to this command."""
+    config = config or load_config(
+        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    digest = hashlib.sha256()
+    for row, ids in encoded:
+        digest.update(json.dumps([row, ids], sort_keys=True, default=str).encode())
+    names = ("max_new_tokens", "temperature", "top_p", "samples", "seed", "token_ids", "dtype")
+    return {
+        "model": teacher_identity(options.model, config).model_dump(mode="json"),
+        "prompts": digest.hexdigest(),
+        **{name: getattr(options, name) for name in names},
+    }
+
+
+def _marker(prepared: PreparedGeneration) -> Path:
+    return Path(f"{prepared.partial}.json")
+
+
+def _lines_done(prepared: PreparedGeneration, identity: dict[str, Any]) -> int:
+    """Whole lines of an earlier, killed run of this command; half a line at its end is cut off."""
+    marker = _marker(prepared)
+    if not prepared.partial.exists() and not marker.exists():
+        return 0
+    try:
+        there = json.loads(marker.read_bytes())
+    except (OSError, ValueError):
+        there = {}
+    if there != identity:
+        differing = [name for name in identity if there.get(name) != identity[name]]
+        raise UserError(
+            f"{prepared.partial}: belongs to another command, which differs in {', '.join(differing)}; "
+            "name another --output or move it away"
+        )
+    if not prepared.partial.exists():
+        return 0
+    end = lines = 0
+    for line in _whole_lines(prepared.partial):
+        end += len(line)
+        lines += 1
+    with open(prepared.partial, "r+b") as file:
+        file.truncate(end)
+    return lines
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
