@@ -1,0 +1,337 @@
+"""Speed and memory of scoring, from token ids to shards on disk: our route against vLLM's own and the ceiling.
+
+    python -m benchmarks.score --vocabulary 32000 --top-n 128 [--prompt-length 512] [--tokens 32768] [--rounds 3]
+
+    generate       plain generation of one token per prompt; no log-probabilities, head on the last position only
+    ceiling        body, head on every position and top-k in the same engine, nothing kept: what scoring cannot beat
+    pooling        ours: every statistic in vLLM's pooler, written to shards
+    flat           vLLM's prompt_logprobs with flat_logprobs (our --vllm-route prompt-logprobs), written to shards
+    dicts          vLLM's prompt_logprobs as dictionaries, walked entry by entry, written to shards
+    transformers   our embedded teacher, written to shards
+
+Each route runs in a process of its own with one engine; the routes take turns, round after round, so that a machine
+whose speed drifts does not favour one. Ratios are medians over rounds against the ceiling of the same round. Memory is
+the peak of the whole process tree while scoring, above what it was when the engine had started and warmed up.
+The teacher is random: a Qwen3-shaped model, hidden 256, 4 layers, its head scaled up so that it is sure of things.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROUTES = ("generate", "ceiling", "pooling", "flat", "dicts", "transformers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--top-n", type=int, default=128)
+    parser.add_argument("--prompt-length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
+    parser.add_argument("--serve", choices=ROUTES, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.model = str(make_teacher(Path(folder) / "teacher", arguments))
+        show(arguments, measure(arguments))
+
+
+def make_teacher(path: Path, arguments: argparse.Namespace) -> Path:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden,
+        intermediate_size=3 * arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        num_key_value_heads=max(1, arguments.hidden // 128),
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)
+    model.to(getattr(torch, arguments.dtype)).save_pretrained(path)
+    return path
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Rounds of each route. Engines of all routes would not fit in memory at once: one is up at a time."""
+    found: dict[str, list[dict[str, float]]] = {route: [] for route in arguments.routes}
+    for turn in range(arguments.rounds):
+        for route in arguments.routes:
+            command = [sys.executable, "-m", "benchmarks.score", "--serve", route, "--model", arguments.model]
+            for name in ("vocabulary", "top_n", "prompt_length", "tokens", "dtype"):
+                command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                print(done.stderr[-2000:], file=sys.stderr)
+                raise SystemExit(f"{route} did not finish")
+            found[route].append(json.loads(lines[0].removeprefix("RESULT ")))
+            print(f"round {turn + 1} {route}: {found[route][-1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def show(arguments: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
+    print(
+        f"V={arguments.vocabulary}, N={arguments.top_n}, prompts of {arguments.prompt_length}, "
+        f"{arguments.tokens} tokens a round, {arguments.rounds} rounds, {arguments.dtype}, {os.cpu_count()} cores\n"
+    )
+    print("| route | tokens/s | of the ceiling | ours is | memory growth MB |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for route, rounds in found.items():
+        speed = statistics.median(r["tokens_per_second"] for r in rounds)
+        memory = statistics.median(r["memory_mb"] for r in rounds)
+
+        def ratio(over: str, under: str) -> str:
+            if over not in found or under not in found:
+                return ""
+            pairs = zip(found[over], found[under], strict=True)
+            return f"{statistics.median(a['tokens_per_second'] / b['tokens_per_second'] for a, b in pairs):.2f}"
+
+        print(f"| {route} | {speed:.0f} | {ratio(route, 'ceiling')} | {ratio('pooling', route)}x | {memory:.0f} |")
+
+
+# One route, in a process of its own ---------------------------------------------------------------------------------
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the ceiling is a function sent to our own worker
+    generator = np.random.default_rng(0)
+
+    def prompts(tokens: int) -> list[Any]:
+        from stages.corpus import Sequence
+
+        length = arguments.prompt_length
+        return [
+            Sequence(i, generator.integers(0, arguments.vocabulary, length).astype(np.int32), np.ones(length - 1, bool))
+            for i in range(max(1, tokens // length))
+        ]
+
+    job = JOBS[arguments.serve](arguments)
+    job(prompts(2 * arguments.prompt_length))
+    work = prompts(arguments.tokens)
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        job(work)
+        seconds = time.perf_counter() - started
+    tokens = sum(len(sequence.input_ids) for sequence in work)
+    print("RESULT " + json.dumps({"tokens_per_second": tokens / seconds, "memory_mb": memory.growth_mb}), flush=True)
+    os._exit(0)  # engines are slow to say good-bye
+
+
+class PeakMemory:
+    """Peak resident memory of this process and its children, above what it was on entry."""
+
+    def __enter__(self) -> PeakMemory:
+        self._stop = threading.Event()
+        self._start = self._peak = self._now()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.growth_mb = (self._peak - self._start) / 1e6
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self._peak = max(self._peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        import psutil
+
+        total = 0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue
+        return total
+
+
+Job = Callable[[list[Any]], None]
+
+
+def teacher_job(make: Callable[[], Any], arguments: argparse.Namespace) -> Job:
+    """Score as `cache-teacher` does and write the shard."""
+    from stages.caching import rows_from_scored
+
+    teacher = make()
+
+    def job(sequences: list[Any]) -> None:
+        scored = teacher.score(sequences, lambda tokens: None)
+        write(
+            rows_from_scored(scored.sequences, scoring(arguments, entropy=scored.tail_prior_sum is not None)), arguments
+        )
+
+    return job
+
+
+def write(rows: Any, arguments: argparse.Namespace) -> None:
+    from storage.shard import write_table
+
+    columns = scoring(arguments, entropy="entropy" in rows.lists).columns
+    with tempfile.TemporaryDirectory() as folder:
+        table = rows.to_table(columns, {})
+        floats = [f"{c.name}.list.element" for c in columns if str(c.element) in ("float", "halffloat")]
+        write_table(Path(folder) / "shard.parquet", table, floats)
+
+
+def scoring(arguments: argparse.Namespace, *, entropy: bool) -> Any:
+    from storage.manifest import ScoringOptions
+
+    return ScoringOptions(
+        engine="benchmark", dtype=arguments.dtype, top_n=arguments.top_n, entropy=entropy, max_length=1 << 20
+    )
+
+
+def vllm_teacher(arguments: argparse.Namespace, route: str) -> Any:
+    from stages.statistics import StatisticsOptions
+    from stages.teacher_vllm import VllmTeacher
+
+    return VllmTeacher(
+        arguments.model,
+        StatisticsOptions(arguments.top_n),
+        max_length=arguments.prompt_length,
+        dtype=arguments.dtype,
+        route=route,  # type: ignore[arg-type]
+    )
+
+
+def transformers_teacher(arguments: argparse.Namespace) -> Any:
+    from stages.statistics import StatisticsOptions
+    from stages.teacher_transformers import TransformersTeacher
+
+    return TransformersTeacher(
+        arguments.model, StatisticsOptions(arguments.top_n), dtype=arguments.dtype, batch_tokens=4096
+    )
+
+
+def only_top_k(worker: Any) -> None:
+    """Runs in the worker: the pooler's collector computes logits and their top-k, and keeps nothing."""
+    collector = worker.model_runner.get_model().pooler.collector
+    from stages.statistics import rows_per_slice
+
+    def collect(hidden: Any, chunks: Any) -> Any:
+        size = rows_per_slice(collector.vocabulary_size)
+        for start in range(0, len(hidden), size):
+            collector.compute_logits(hidden[start : start + size]).float().topk(collector.options.top_n)
+        nothing = hidden.new_zeros((0, 3)).float(), hidden.new_zeros((0, 2 * collector.options.top_n)).float()
+        return [nothing for _ in chunks]
+
+    collector.collect = collect
+
+
+def ceiling_job(arguments: argparse.Namespace) -> Job:
+    teacher = vllm_teacher(arguments, "pooling")
+    teacher._engine.collective_rpc(only_top_k)
+
+    def job(sequences: list[Any]) -> None:
+        for _ in teacher._run(sequences):
+            pass
+
+    return job
+
+
+def generating(arguments: argparse.Namespace, **more: Any) -> Any:
+    import stages.teacher_vllm as module
+
+    module._import_vllm()
+    module._default_environment(1)
+    from vllm import LLM
+
+    return LLM(
+        arguments.model,
+        dtype=arguments.dtype,
+        skip_tokenizer_init=True,
+        enforce_eager=module._on_cpu(),
+        enable_prefix_caching=False,
+        max_model_len=arguments.prompt_length + 1,
+        disable_log_stats=True,
+        **more,
+    )
+
+
+def generate_job(arguments: argparse.Namespace) -> Job:
+    from vllm import SamplingParams
+
+    llm = generating(arguments)
+    parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+
+    def job(sequences: list[Any]) -> None:
+        prompts: Any = [{"prompt_token_ids": s.input_ids.tolist()} for s in sequences]
+        llm.generate(prompts, parameters, use_tqdm=False)
+
+    return job
+
+
+def dicts_job(arguments: argparse.Namespace) -> Job:
+    """What most scripts do: `prompt_logprobs` and a loop over its dictionaries."""
+    from vllm import SamplingParams
+
+    from stages.caching import rows_from_scored
+    from stages.teacher_vllm import scored_from_logprobs
+
+    n = arguments.top_n
+    llm = generating(arguments, max_logprobs=n, hf_overrides={"head_dtype": "float32"})
+    parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=n)
+
+    def job(sequences: list[Any]) -> None:
+        prompts: Any = [{"prompt_token_ids": s.input_ids.tolist()} for s in sequences]
+        scored = []
+        for sequence, output in zip(sequences, llm.generate(prompts, parameters, use_tqdm=False), strict=True):
+            ids = np.zeros((len(sequence.input_ids) - 1, n), np.int32)
+            logprobs = np.zeros((len(sequence.input_ids) - 1, n), np.float32)
+            gold = np.zeros(len(sequence.input_ids) - 1, np.float32)
+            for position, entries in enumerate(output.prompt_logprobs[1:]):
+                gold[position] = entries[int(sequence.input_ids[position + 1])].logprob
+                ranked = sorted(entries.items(), key=lambda item: item[1].rank)[:n]
+                for rank, (token, entry) in enumerate(ranked):
+                    ids[position, rank] = token
+                    logprobs[position, rank] = entry.logprob
+            scored.append(scored_from_logprobs(sequence, ids, logprobs, gold, arguments.vocabulary))
+        write(rows_from_scored(scored, scoring(arguments, entropy=False)), arguments)
+
+    return job
+
+
+JOBS: dict[str, Callable[[argparse.Namespace], Job]] = {
+    "generate": generate_job,
+    "ceiling": ceiling_job,
+    "pooling": lambda arguments: teacher_job(lambda: vllm_teacher(arguments, "pooling"), arguments),
+    "flat": lambda arguments: teacher_job(lambda: vllm_teacher(arguments, "prompt-logprobs"), arguments),
+    "dicts": dicts_job,
+    "transformers": lambda arguments: teacher_job(lambda: transformers_teacher(arguments), arguments),
+}
+
+if __name__ == "__main__":
+    main()
