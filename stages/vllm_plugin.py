@@ -44,6 +44,11 @@ _FORMAT = 1.0
 _SEED_DIGITS = 3  # base 2**22, so each is exact in float32
 _FIXED_HEADER = 8 + _SEED_DIGITS
 
+# Bytes of fp32 logits that the head makes at a time, on an accelerator and on a CPU: more rows share one reading of
+# its weights. The statistics go over them many times, on a CPU in blocks that its caches hold.
+_HEAD_BYTES = (256 << 20, 128 << 20)
+_CACHED_BYTES = 16 << 20
+
 
 # What travels -------------------------------------------------------------------------------------------------------
 
@@ -236,9 +241,7 @@ class StatisticsCollector:
         entry_index = torch.from_numpy(entry_rows).to(device)
 
         dense, entries = [], []
-        # An fp32 head over lower-precision weights reads (on a CPU: converts) all of them once a slice.
-        small = device.type == "cpu" and hidden.dtype == torch.float32
-        size = rows_per_slice(self.vocabulary_size, (64 if small else 256) << 20)
+        size = rows_per_slice(self.vocabulary_size, _HEAD_BYTES[device.type == "cpu"])
         for start in range(0, tokens, size):
             stop = min(start + size, tokens)
             # Every tensor-parallel rank takes part in the gather inside.
@@ -272,36 +275,38 @@ class StatisticsCollector:
         uniforms: torch.Tensor | None,
         prior_rows: torch.Tensor | None,
     ) -> RowStatistics:
-        """`row_statistics`, in halves where the whole does not fit.
+        """`row_statistics`, in blocks that a CPU's caches hold, and in halves where the whole does not fit.
 
         The logits may be shifted by a first attempt; no statistic depends on a row's shift. Its part of the prior
         only counts once the rest has worked.
         """
-        prior = None
-        if prior_rows is not None:
-            prior = torch.zeros(self.vocabulary_size, dtype=torch.float64, device=logits.device)
-        try:
-            statistics = row_statistics(
-                logits, gold, self.options, uniforms=uniforms, prior_sum=prior, prior_rows=prior_rows
-            )
-        except torch.OutOfMemoryError:
-            if len(logits) == 1:
-                raise
-        else:
-            if prior is not None:
-                self._prior_sum = prior if self._prior_sum is None else self._prior_sum + prior
-            return statistics
-        if logits.device.type == "cuda":
+        rows = len(logits)
+        block = rows_per_slice(self.vocabulary_size, _CACHED_BYTES) if logits.device.type == "cpu" else rows
+        if rows <= block:
+            prior = None
+            if prior_rows is not None:
+                prior = torch.zeros(self.vocabulary_size, dtype=torch.float64, device=logits.device)
+            try:
+                statistics = row_statistics(
+                    logits, gold, self.options, uniforms=uniforms, prior_sum=prior, prior_rows=prior_rows
+                )
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+            else:
+                if prior is not None:
+                    self._prior_sum = prior if self._prior_sum is None else self._prior_sum.add_(prior)
+                return statistics
             torch.cuda.empty_cache()
-        half = len(logits) // 2
+            block = rows // 2
         parts = [
             self._statistics(
-                logits[rows],
-                gold[rows],
-                None if uniforms is None else uniforms[rows],
-                None if prior_rows is None else prior_rows[rows],
+                logits[start : start + block],
+                gold[start : start + block],
+                None if uniforms is None else uniforms[start : start + block],
+                None if prior_rows is None else prior_rows[start : start + block],
             )
-            for rows in (slice(0, half), slice(half, None))
+            for start in range(0, rows, block)
         ]
         return RowStatistics(**{name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])})
 

@@ -28,9 +28,7 @@ STRIPS_THINKING = (
     "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-HEADER_WITHOUT_PROMPT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-)
+HEADER_WITHOUT_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHAT = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "hello there"},
@@ -91,9 +89,7 @@ def test_exactly_the_assistants_tokens_are_marked(tokenizer, template):
 
 def test_a_turn_that_ends_in_a_space_marks_nothing_after_it(tokenizer):
     """`apply_chat_template(return_assistant_tokens_mask=True)` marks the rest of this chat, user and all."""
-    tokenizer.chat_template = GENERATION.replace(
-        "<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"
-    )
+    tokenizer.chat_template = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     chat = [{"role": "assistant", "content": " hello "}, {"role": "user", "content": "SECRET"}]
     ids, marks = render_chat(tokenizer, chat)
     assert marked_runs(tokenizer, ids, marks) == [" hello "]
@@ -210,9 +206,7 @@ def test_spans_and_added_special_tokens(tokenizer):
     fast = PreTrainedTokenizerFast(tokenizer_object=backend)
     for added in (fast, ByT5Tokenizer()):
         text = "hello there"
-        (ids, marks), (_, unmarked) = encode_spans(
-            added, [text] * 2, [[(5, 11)], [(0, 3)]], add_special_tokens=True
-        )
+        (ids, marks), (_, unmarked) = encode_spans(added, [text] * 2, [[(5, 11)], [(0, 3)]], add_special_tokens=True)
         assert ids.tolist() == added(text)["input_ids"]
         assert added.decode(ids[marks], skip_special_tokens=True) == " there"
         assert marks[-1] and not marks[0] and not unmarked[-1]

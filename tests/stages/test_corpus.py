@@ -43,9 +43,7 @@ def make_tokenizer(bos: bool = True, **special) -> PreTrainedTokenizerFast:
     )
     backend.train_from_iterator(WORDS * 5, trainer)
     if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 0)]
-        )
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **({"eos_token": "<eos>"} | special))
     made.chat_template = CHATML
     return made
@@ -91,9 +89,7 @@ def test_text_is_tokenised_as_a_whole(tokenizer, write):
     source = write([{"text": "the quick fox"}, {"text": "hello", "other": [1, "x"]}])
     corpus = build_corpus(source, tokenizer, OPTIONS)
     assert len(corpus) == 2 and corpus.lengths.dtype == np.int32
-    for number, (sequence, text) in enumerate(
-        zip(everything(corpus), ("the quick fox", "hello"), strict=True)
-    ):
+    for number, (sequence, text) in enumerate(zip(everything(corpus), ("the quick fox", "hello"), strict=True)):
         assert sequence.sequence_id == number
         assert sequence.input_ids.dtype == np.int32 and sequence.loss_mask.dtype == bool
         assert sequence.input_ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -137,15 +133,11 @@ def test_cut_keeps_the_first_tokens(write, make, longest):
     made = make()
     texts = ["the lazy dog", "hello", "quick brown fox " * 3]
     corpus = build_corpus(write([{"text": t} for t in texts]), made, CorpusOptions(max_length=longest))
-    whole = everything(
-        build_corpus(write([{"text": t} for t in texts]), made, CorpusOptions(max_length=9999))
-    )
+    whole = everything(build_corpus(write([{"text": t} for t in texts]), made, CorpusOptions(max_length=9999)))
     for cut, full in zip(everything(corpus), whole, strict=True):
         assert cut.input_ids.tolist() == full.input_ids[:longest].tolist()
         assert len(cut.loss_mask) == len(cut.input_ids) - 1
-    assert (
-        corpus.report.cut == sum(len(full.input_ids) > longest for full in whole) and corpus.report.split == 0
-    )
+    assert corpus.report.cut == sum(len(full.input_ids) > longest for full in whole) and corpus.report.split == 0
 
 
 @pytest.mark.parametrize("longest", range(2, 14))
@@ -157,9 +149,7 @@ def test_split_covers_every_transition_exactly_once(tokenizer, write, longest):
     pieces = everything(corpus)
     expected, dropped = [], 0
     for full in whole:  # every trained transition, in order, by itself
-        expected += [
-            (int(full.input_ids[t]), int(full.input_ids[t + 1])) for t in np.flatnonzero(full.loss_mask)
-        ]
+        expected += [(int(full.input_ids[t]), int(full.input_ids[t + 1])) for t in np.flatnonzero(full.loss_mask)]
         # Where each piece starts, by the definition: at the last token of the piece before.
         starts = range(0, len(full.input_ids) - 1, longest - 1)
         dropped += sum(not full.loss_mask[start : start + longest - 1].any() for start in starts)
@@ -170,9 +160,7 @@ def test_split_covers_every_transition_exactly_once(tokenizer, write, longest):
     ]
     assert found == expected
     assert all(2 <= len(piece.input_ids) <= longest for piece in pieces)
-    assert (
-        corpus.report.split == sum(len(full.input_ids) > longest for full in whole) and corpus.report.cut == 0
-    )
+    assert corpus.report.split == sum(len(full.input_ids) > longest for full in whole) and corpus.report.cut == 0
     assert corpus.report.without_loss == dropped
 
 
@@ -203,9 +191,7 @@ def test_split_pieces_chain(tokenizer, write):
 @pytest.mark.parametrize("make", [make_tokenizer, ByT5Tokenizer])
 def test_loss_is_on_the_completion(write, prompt, completion, make):
     made = make()
-    (sequence,) = everything(
-        build_corpus(write([{"prompt": prompt, "completion": completion}]), made, OPTIONS)
-    )
+    (sequence,) = everything(build_corpus(write([{"prompt": prompt, "completion": completion}]), made, OPTIONS))
     joint = (prompt or "") + completion
     assert made.decode(sequence.input_ids, skip_special_tokens=True) == joint
     assert sequence.input_ids[-1] == made.eos_token_id and sequence.loss_mask[-1]
@@ -221,9 +207,7 @@ def test_loss_is_on_the_completion(write, prompt, completion, make):
 
 
 def test_a_token_that_reaches_into_the_completion_is_the_completions(tokenizer, write):
-    (sequence,) = everything(
-        build_corpus(write([{"prompt": "the qu", "completion": "ick fox"}]), tokenizer, OPTIONS)
-    )
+    (sequence,) = everything(build_corpus(write([{"prompt": "the qu", "completion": "ick fox"}]), tokenizer, OPTIONS))
     assert trained(tokenizer, sequence) == " quick fox<eos>"
 
 
@@ -353,9 +337,7 @@ def test_columns_that_are_missing_or_ambiguous(tokenizer, write):
 def test_file_of_a_folder_without_the_column(tokenizer, write, tmp_path):
     write([{"text": "a"}], "data/a.jsonl")
     write([{"words": "a"}], "data/b.jsonl")
-    assert f"{tmp_path}/data/b.jsonl has no column 'text'" in refusal(
-        str(tmp_path / "data"), tokenizer, OPTIONS
-    )
+    assert f"{tmp_path}/data/b.jsonl has no column 'text'" in refusal(str(tmp_path / "data"), tokenizer, OPTIONS)
 
 
 @pytest.mark.parametrize("value", [3, 1.5, True, ["a"], {"a": 1}])
@@ -431,9 +413,7 @@ def test_read_any_range(tokenizer, write, overlong):
     assert all(type(value) is int for value in asdict(report).values())
 
 
-def test_fingerprint_does_not_depend_on_path_kind_or_processes(
-    tokenizer, write, tmp_path, capfd, monkeypatch
-):
+def test_fingerprint_does_not_depend_on_path_kind_or_processes(tokenizer, write, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # set, it would hide the warnings of forks
     rows = mixed_rows()
     corpora = [build_corpus(write(rows), tokenizer, replace(OPTIONS, processes=n)) for n in (1, 2)]
@@ -451,9 +431,7 @@ def test_fingerprint_does_not_depend_on_path_kind_or_processes(
 
 
 def test_fingerprint_is_what_it_says(tokenizer, write):
-    corpus = build_corpus(
-        write([{"input_ids": [5, 6, 7], "loss_mask": [0, 1]}, {"input_ids": [8, 9]}]), tokenizer
-    )
+    corpus = build_corpus(write([{"input_ids": [5, 6, 7], "loss_mask": [0, 1]}, {"input_ids": [8, 9]}]), tokenizer)
     parts = [
         np.array([3, 2], "<i4").tobytes(),
         np.array([5, 6, 7, 8, 9], "<i4").tobytes(),
@@ -477,9 +455,7 @@ def test_fingerprint_notices_one_token_one_mask_entry_order_and_boundaries(token
         of(([5, 6, 7], [1, 1])),
     ]
     assert len(set(variants)) == len(variants)
-    assert (
-        of(([5, 6, 7], [1, 1]), ([], []), ([4], []), ([8, 9], [1])) == variants[0]
-    )  # rows left out do not count
+    assert of(([5, 6, 7], [1, 1]), ([], []), ([4], []), ([8, 9], [1])) == variants[0]  # rows left out do not count
 
 
 def test_an_error_in_another_process_is_the_same_sentence(tokenizer, write):
@@ -525,7 +501,5 @@ def test_importing_is_light():
         "import sys, stages.corpus, stages.chat, stages.sources; "
         "print([m for m in ('datasets', 'transformers', 'torch', 'pyarrow') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout == "[]\n", done

@@ -206,9 +206,7 @@ def test_no_scratch_at_all_and_a_full_disk(tmp_path, monkeypatch):
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize(
-    "name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing.jsonl", "no thing", "~nobody/x"]
-)
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing.jsonl", "no thing", "~nobody/x"])
 def test_missing_path(name):
     assert refusal(name) == f"There is no file or folder {name}; check the path."
 
@@ -226,9 +224,7 @@ def test_unknown_hub_name_offline(tmp_path):
         text=True,
         cwd=Path(__file__).parents[2],
     )
-    assert done.stdout.startswith("no-such/corpus is no file or folder here, and no data set of that name"), (
-        done
-    )
+    assert done.stdout.startswith("no-such/corpus is no file or folder here, and no data set of that name"), done
     assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
@@ -251,9 +247,7 @@ def test_hub_name_config_and_split(tmp_path, monkeypatch):
 
 def test_hub_config_is_asked_for(monkeypatch):
     def load_dataset(*_, **__):
-        raise ValueError(
-            "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nmore"
-        )
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert refusal("name").endswith("as NAME:CONFIG; choose one of: en, de.")
