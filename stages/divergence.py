@@ -12,14 +12,18 @@ tail mode says (`stages.tail`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 
 from stages.tail import Tail, TailMode
 
 BUCKET = Tail("bucket")
+
+Direction = Literal["forward", "reverse"]
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
 
 # Above this log p(gold) the stored gold is so close to 0 that an engine may have rounded it; below, its float32
 # says more about 1 - p(gold) than entries rounded to 16 bits do.
@@ -50,12 +54,32 @@ class TeacherRows:
         return TeacherRows(**part)
 
 
+def at_temperature(rows: TeacherRows, tail_logmass_at: torch.Tensor, temperature: float) -> TeacherRows:
+    """The same positions with the teacher at another temperature: log p_T(j) = log p_j / T - log sum_i p_i^(1/T).
+
+    tail_logmass_at: float `[R]`, the stored log sum over the tail of p^(1/T); from the tail at 1 it cannot be known.
+    """
+    entries, gold = rows.top_logprobs / temperature, rows.gold_logprob / temperature
+    others = entries.masked_fill(rows.top_ids == rows.gold[:, None], float("-inf"))
+    log_sum = torch.logsumexp(torch.cat([others, gold[:, None], tail_logmass_at[:, None]], 1), 1)
+    return replace(
+        rows,
+        gold_logprob=gold - log_sum,
+        tail_logmass=tail_logmass_at - log_sum,
+        top_logprobs=entries - log_sum[:, None],
+    )
+
+
 @dataclass
 class Divergences:
-    """`[R]` each, nats, differentiable with respect to the student's logits."""
+    """`[R]` each, nats, differentiable with respect to the student's logits.
+
+    whole: a divergence of the whole distributions, by default KL(p || q).
+    """
 
     tkd: torch.Tensor
     dkd: torch.Tensor
+    whole: torch.Tensor
     ce: torch.Tensor
 
 
@@ -152,20 +176,66 @@ def sample_weights(rows: TeacherRows) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.tail_samples.clamp(min=0), drawn / drawn.sum(1, keepdim=True).clamp(min=1)
 
 
-def divergences(student: StudentTerms, teacher: TeacherTerms) -> Divergences:
-    """TKD, DKD and cross-entropy of each row. The student is normalised over its full vocabulary."""
+def divergences(
+    student: StudentTerms,
+    teacher: TeacherTerms,
+    direction: Direction = "forward",
+    whole: Literal["kl", "jsd", "tvd"] = "kl",
+    beta: float = 0.5,
+) -> Divergences:
+    """The divergences of each row. The student is normalised over its full vocabulary.
+
+    direction: `reverse` swaps p and q, so KL(q || p) = TKD + (1 - q_g) DKD. whole: which divergence of the whole
+    distributions; jsd is beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (Agarwal et al., ICLR
+    2024), tvd is half the sum of |p - q|. All but forward ones compare the tail as one lump.
+    """
     nongold = torch.logaddexp(student.tail, _logsumexp(student.entries))
     everything = torch.logaddexp(nongold, student.gold)
-    log_q_gold = student.gold - everything
-    tkd = _weighted_gap(teacher.gold, log_q_gold) + _weighted_gap(teacher.nongold, nongold - everything)
-    dkd = _weighted_gap(teacher.entries, student.entries - nongold[:, None]).sum(1)
-    dkd = dkd + _weighted_gap(teacher.tail, student.tail - nongold)
+    log_q_gold, log_q_nongold = student.gold - everything, nongold - everything
+    entries, tail = student.entries - nongold[:, None], student.tail - nongold
+    if direction == "forward":
+        tkd = _weighted_gap(teacher.gold, log_q_gold) + _weighted_gap(teacher.nongold, log_q_nongold)
+        dkd = _weighted_gap(teacher.entries, entries).sum(1) + _weighted_gap(teacher.tail, tail)
+        unc = teacher.nongold.exp()
+    else:
+        tkd = _weighted_gap(log_q_gold, _floored(teacher.gold)) + _weighted_gap(
+            log_q_nongold, _floored(teacher.nongold)
+        )
+        dkd = _weighted_gap(entries, _floored(teacher.entries)).sum(1) + _weighted_gap(tail, _floored(teacher.tail))
+        unc = log_q_nongold.exp()
     if student.expected is not None and student.shape is not None:
         # An empty tail, the teacher's or the student's, has no shape to compare.
         empty = (teacher.tail == float("-inf")) | (student.tail == float("-inf"))
         gap = student.shape - student.expected + student.tail.masked_fill(empty, 0.0)
         dkd = dkd + teacher.tail.exp() * gap.masked_fill(empty, 0.0)
-    return Divergences(tkd, dkd, -log_q_gold)
+    if whole == "kl":
+        compared = tkd + unc * dkd
+    else:
+        p = _distribution(teacher.gold, teacher.nongold, teacher.entries, teacher.tail)
+        q = _distribution(log_q_gold, log_q_nongold, entries, tail)
+        compared = _jensen_shannon(p, q, beta) if whole == "jsd" else 0.5 * (p.exp() - q.exp()).abs().sum(1)
+    return Divergences(tkd, dkd, compared, -log_q_gold)
+
+
+def _distribution(gold: torch.Tensor, nongold: torch.Tensor, entries: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[R, 1 + N + 1]` of gold, the kept non-gold ids and the tail as one lump."""
+    return torch.cat([gold[:, None], entries + nongold[:, None], (tail + nongold)[:, None]], 1)
+
+
+def _jensen_shannon(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m) of log-probabilities `[R, K]`, 0 < beta < 1."""
+    mixed = torch.logaddexp(_finite(p) + math.log(beta), _finite(q) + math.log1p(-beta))
+    return (beta * _weighted_gap(p, mixed) + (1.0 - beta) * _weighted_gap(q, mixed)).sum(1)
+
+
+def _finite(log_p: torch.Tensor) -> torch.Tensor:
+    """-inf as a number that is as good as it: torch's logaddexp has no gradient at two of them."""
+    return log_p.masked_fill(log_p == float("-inf"), -1e4)
+
+
+def _floored(log_p: torch.Tensor) -> torch.Tensor:
+    """Reversed, a teacher that has nothing where the student has something is infinitely far: bound it at e^-50."""
+    return log_p.clamp(min=-50.0)
 
 
 def _weighted_gap(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def _measures(logits: torch.Tensor, rows: TeacherRows) -> torch.Tensor:
     teacher = teacher_terms(rows, "bucket")
     terms = divergences(student_terms(logits, rows), teacher)
     agrees = logits.argmax(1) == rows.top_ids[:, 0]
-    columns = [torch.ones_like(terms.ce), terms.ce, terms.tkd + teacher.unc * terms.dkd, agrees, -rows.gold_logprob]
+    columns = [torch.ones_like(terms.ce), terms.ce, terms.whole, agrees, -rows.gold_logprob]
     return torch.stack([column.to(terms.ce) for column in columns], 1)
 
 

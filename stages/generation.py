@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,7 +210,7 @@ def _row(prepared: PreparedGeneration, prompt: Prompt, ids: list[int], reason: s
     return {**row, "completion": text}
 
 
-def _find_column(there: list[str], options: GenerateOptions) -> tuple[str, bool]:
+def _find_column(there: Sequence[str], options: GenerateOptions) -> tuple[str, bool]:
     """Name of the column of prompts, and whether it holds chats."""
     if options.prompt_column and options.messages_column:
         raise UserError("--prompt-column and --messages-column exclude each other; give one")

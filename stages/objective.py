@@ -1,15 +1,16 @@
-"""Every objective is one weighted sum: `loss = sum_t a_t TKD_t + b_t DKD_t + c_t CE_t`.
+"""Every objective is one weighted sum: `loss = sum_t a_t TKD_t + b_t DKD_t + d_t D_t + c_t CE_t`.
 
 The coefficients need the teacher alone, so they are known before the student's forward pass:
 
-    objective     a_t        b_t
-    ce            0          0            (c_t = 1)
-    kl            1          UNC_t
-    tkd           1          0
-    dkd           0          1
-    tkd+dkd       1          1
-    atkd, easy    0          lambda
-    atkd, hard    1-lambda   1-lambda     (Zhong et al., ACL 2024; DKD without UNC)
+    objective     a_t        b_t        d_t
+    ce            0          0          0      (c_t = 1)
+    kl            0          0          1      D = KL(p || q) = TKD + UNC DKD; reversed KL(q || p)
+    jsd, tvd      0          0          1      D = Jensen-Shannon (beta), total variation
+    tkd           1          0          0
+    dkd           0          1          0
+    tkd+dkd       1          1          0
+    atkd, easy    0          lambda     0
+    atkd, hard    1-lambda   1-lambda   0      (Zhong et al., ACL 2024; DKD without UNC)
 
 Normalisation. `group`: the mean over the tokens of the micro-batch, for atkd over each group's own tokens (what the
 paper's released code does; an empty group contributes 0). `token`: the sum over all tokens divided by the number of
@@ -23,14 +24,18 @@ from typing import Literal, get_args
 
 import torch
 
-from stages.divergence import Divergences
+from stages.divergence import Direction, Divergences, StudentTerms, TeacherTerms, divergences
 from stages.ranking import RankScope
 from stages.tail import TailMode
 
-ObjectiveName = Literal["atkd", "kl", "tkd", "dkd", "tkd+dkd", "ce"]
+ObjectiveName = Literal["atkd", "kl", "tkd", "dkd", "tkd+dkd", "jsd", "tvd", "ce"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
 Normalization = Literal["group", "token"]
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+TrainOn = Literal["all", "easy", "hard"]
+TRAIN_ON: tuple[str, ...] = get_args(TrainOn)
+# Whole-distribution divergences, which are one number and not TKD and DKD.
+_WHOLE = ("kl", "jsd", "tvd")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,11 @@ class Objective:
     """What a student is trained towards.
 
     hard_ratio: share of the tokens, by UNC, that is hard. easy_weight: lambda of atkd. ce_weight: added to any
-    objective, as a mean over all tokens (with `ce` it adds to the 1 that is there). tail_gamma: of the tail `prior`.
+    objective, as a mean over the same tokens (with `ce` it adds to the 1 that is there). direction: `reverse` swaps
+    teacher and student in the divergences; ranks stay the teacher's. beta: of jsd. train_on: only these tokens have a
+    loss, and means are over them. temperature: of teacher and student in the divergences, cross-entropy stays at 1;
+    temperature_squared: whether they are multiplied by its square, which keeps the size of the gradients (Hinton et
+    al., 2015). tail_gamma: of the tail `prior`.
     """
 
     name: ObjectiveName = "atkd"
@@ -49,52 +58,82 @@ class Objective:
     normalize: Normalization = "group"
     tail: TailMode = "bucket"
     tail_gamma: float = 0.5
+    direction: Direction = "forward"
+    beta: float = 0.5
+    train_on: TrainOn = "all"
+    temperature: float = 1.0
+    temperature_squared: bool = True
+
+    def problem(self) -> str | None:
+        """A sentence on options that do not go together, or None."""
+        if (self.direction == "reverse" or self.name in ("jsd", "tvd")) and self.tail != "bucket":
+            what = "--direction reverse" if self.direction == "reverse" else f"--objective {self.name}"
+            return f"{what} compares the tail as one lump; it needs --tail bucket, not {self.tail}"
+        if self.direction == "reverse" and self.name in ("jsd", "tvd", "ce"):
+            return f"--direction reverse means nothing for --objective {self.name}; leave it out"
+        if self.temperature != 1 and self.tail == "sampled":
+            return "--tail sampled was drawn at temperature 1 and cannot stand for another; choose another --tail"
+        return None
 
 
 @dataclass
 class Coefficients:
-    """Weights of the three terms at each of R rows, float `[R]`, normalisation included."""
+    """Weights of the four terms at each of R rows, float `[R]`, normalisation included."""
 
     tkd: torch.Tensor
     dkd: torch.Tensor
+    whole: torch.Tensor
     ce: torch.Tensor
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Coefficients:
-        return Coefficients(self.tkd[rows], self.dkd[rows], self.ce[rows])
+        return Coefficients(self.tkd[rows], self.dkd[rows], self.whole[rows], self.ce[rows])
 
 
 def coefficients(
-    objective: Objective, unc: torch.Tensor, is_hard: torch.Tensor, step_tokens: torch.Tensor | int | None = None
+    objective: Objective,
+    is_hard: torch.Tensor,
+    step_tokens: torch.Tensor | int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Coefficients:
     """The table above for R rows.
 
-    unc: float `[R]`. is_hard: bool `[R]`. step_tokens: tokens of the whole optimiser step, which `token`
-    normalisation divides by (R when None).
+    is_hard: bool `[R]`. step_tokens: tokens of the whole optimiser step, which `token` normalisation divides by
+    (R when None).
     """
-    zero, one = torch.zeros_like(unc), torch.ones_like(unc)
-    hard = is_hard.to(unc)
-    tokens = len(unc) if objective.normalize == "group" or step_tokens is None else step_tokens
-    mean = one / torch.as_tensor(tokens, device=unc.device).clamp(min=1)
+    hard = is_hard.to(dtype)
+    chosen = {"all": torch.ones_like(hard), "hard": hard, "easy": 1.0 - hard}[objective.train_on]
+    if objective.normalize == "group" or step_tokens is None:
+        tokens = chosen.sum() if objective.normalize == "group" else torch.tensor(float(len(hard)))
+    else:
+        tokens = torch.as_tensor(step_tokens)
+    mean = chosen / tokens.to(hard).clamp(min=1)
+    scale = objective.temperature**2 if objective.temperature_squared else 1.0
+    zero, scaled = torch.zeros_like(hard), scale * mean
     ce = mean * (objective.ce_weight + (objective.name == "ce"))
     if objective.name == "atkd":
-        easy_weight, hard_weight = objective.easy_weight, 1.0 - objective.easy_weight
+        hard_mean, easy_mean = scaled * hard, scaled * (1.0 - hard)
         if objective.normalize == "group":
-            hard_tokens = hard.sum()
-            hard_mean = hard / hard_tokens.clamp(min=1)
-            easy_mean = (1.0 - hard) / (len(unc) - hard_tokens).clamp(min=1)
-        else:
-            hard_mean, easy_mean = hard * mean, (1.0 - hard) * mean
-        return Coefficients(hard_weight * hard_mean, easy_weight * easy_mean + hard_weight * hard_mean, ce)
-    a, b = {
-        "ce": (zero, zero),
-        "kl": (one, unc),
-        "tkd": (one, zero),
-        "dkd": (zero, one),
-        "tkd+dkd": (one, one),
-    }[objective.name]
-    return Coefficients(a * mean, b * mean, ce)
+            # Each group's own mean.
+            hard_mean = scale * chosen * hard / hard.sum().clamp(min=1)
+            easy_mean = scale * chosen * (1.0 - hard) / (len(hard) - hard.sum()).clamp(min=1)
+        hard_part = (1.0 - objective.easy_weight) * hard_mean
+        return Coefficients(hard_part, objective.easy_weight * easy_mean + hard_part, zero, ce)
+    return Coefficients(
+        tkd=scaled if objective.name in ("tkd", "tkd+dkd") else zero,
+        dkd=scaled if objective.name in ("dkd", "tkd+dkd") else zero,
+        whole=scaled if objective.name in _WHOLE else zero,
+        ce=ce,
+    )
 
 
 def weighted_sum(terms: Divergences, weights: Coefficients) -> torch.Tensor:
     """The scalar loss of the rows."""
-    return (weights.tkd * terms.tkd + weights.dkd * terms.dkd + weights.ce * terms.ce).sum()
+    total = weights.tkd * terms.tkd + weights.dkd * terms.dkd + weights.whole * terms.whole
+    return (total + weights.ce * terms.ce).sum()
+
+
+def compare(objective: Objective, student: StudentTerms, teacher: TeacherTerms) -> Divergences:
+    """The divergences that this objective weighs."""
+    if objective.name in ("jsd", "tvd"):
+        return divergences(student, teacher, whole=objective.name, beta=objective.beta)
+    return divergences(student, teacher, objective.direction)

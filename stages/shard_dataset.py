@@ -21,6 +21,7 @@ from stages.objective import Objective
 from storage.cache import Cache
 from storage.errors import CacheError
 from storage.rows import Rows
+from storage.schema import column_temperature
 from storage.shard import value_problems
 
 # Shards decoded at a time, and the width of the shuffle's window.
@@ -54,6 +55,7 @@ class StoredSequence:
     top_ids: np.ndarray
     top_logprobs: np.ndarray
     tail_samples: np.ndarray | None = None
+    tail_logmass_at: np.ndarray | None = None
 
     @property
     def gold(self) -> np.ndarray:
@@ -63,6 +65,7 @@ class StoredSequence:
 
 def stored_sequence(rows: Rows, row: int) -> StoredSequence:
     mask = rows["loss_mask"][row]
+    at = next((name for name in rows.lists if column_temperature(name) is not None), None)
     return StoredSequence(
         input_ids=rows["input_ids"][row],
         positions=np.flatnonzero(mask),
@@ -72,19 +75,20 @@ def stored_sequence(rows: Rows, row: int) -> StoredSequence:
         top_ids=rows["top_ids"][row],
         top_logprobs=rows["top_logprobs"][row],
         tail_samples=rows["tail_samples"][row] if "tail_samples" in rows.lists else None,
+        tail_logmass_at=None if at is None else rows[at][row][mask],
     )
 
 
 class ShardDataset(Dataset):
     """The sequences `sequence_ids` (int64, ascending) of a cache, by random access.
 
-    tail_samples: whether to read them too. Every shard's values are checked when it is first decoded; raises
-    CacheError for one that is not what it says.
+    extra: optional columns to read too, `tail_samples` or one `tail_logmass_T...`. Every shard's values are checked
+    when it is first decoded; raises CacheError for one that is not what it says.
     """
 
-    def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, tail_samples: bool = False) -> None:
+    def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, extra: Sequence[str] = ()) -> None:
         self.cache = cache
-        self._columns = (*COLUMNS, "tail_samples") if tail_samples else COLUMNS
+        self._columns = (*COLUMNS, *extra)
         self.sequence_ids = sequence_ids
         firsts = np.array([shard.first for shard in cache.manifest.shards], np.int64)
         self.shard_of = np.searchsorted(firsts, sequence_ids, side="right") - 1
@@ -177,10 +181,16 @@ class Collator:
         counts = [len(s.positions) for s in sequences]
         gold_logprob = np.concatenate([s.gold_logprob for s in sequences])
         tail_logmass = np.concatenate([s.tail_logmass for s in sequences])
+        tail_at = None
+        if sequences[0].tail_logmass_at is not None:
+            tail_at = np.concatenate([s.tail_logmass_at for s in sequences if s.tail_logmass_at is not None])
         top_ids, top_logprobs = self._padded_entries(sequences)
         if (beyond := top_ids >= self.vocabulary_size).any():
             lost = np.where(beyond, top_logprobs, -np.inf)
             tail_logmass = np.logaddexp(tail_logmass, np.logaddexp.reduce(lost, axis=1)).astype(np.float32)
+            if tail_at is not None:
+                lost /= self.objective.temperature
+                tail_at = np.logaddexp(tail_at, np.logaddexp.reduce(lost, axis=1)).astype(np.float32)
             top_logprobs = np.where(beyond, np.float32(-np.inf), top_logprobs)
             top_ids = np.where(beyond, 0, top_ids)
         batch = {
@@ -194,6 +204,8 @@ class Collator:
             "top_ids": top_ids,
             "top_logprobs": top_logprobs,
         }
+        if tail_at is not None:
+            batch["tail_logmass_at"] = tail_at
         if sequences[0].tail_samples is not None:
             samples = np.concatenate([s.tail_samples for s in sequences if s.tail_samples is not None])
             batch["tail_samples"] = samples.reshape(len(gold_logprob), -1).astype(np.int64)

@@ -94,10 +94,30 @@ def prepare(options: StudentOptions) -> Prepared:
     else:
         check_tokenizer(cache, load_tokenizer(options.student, **source), options.student)
     check_head(cache, config.get_text_config().vocab_size, options.student)
+    if problem := options.objective.problem():
+        raise UserError(problem)
     make_tail(options.objective, cache)
+    extra_columns(options.objective, cache)
     train_ids, eval_ids = split_held_out(cache, options.eval_share)
     checkpoint, finished = _previous_run(options, cache)
     return Prepared(options, cache, arguments, train_ids, eval_ids, checkpoint, finished)
+
+
+def extra_columns(objective: Objective, cache: Cache) -> list[str]:
+    """Optional columns that the objective reads. Raises CacheError for a temperature the cache does not hold."""
+    from storage.schema import temperature_column
+
+    columns = ["tail_samples"] if objective.tail == "sampled" else []
+    if objective.temperature != 1:
+        there = cache.manifest.scoring.temperatures
+        if objective.temperature not in there:
+            held = ", ".join(f"{t:g}" for t in (1.0, *there))
+            raise CacheError(
+                f"{cache.path}: holds the temperatures {held}, not {objective.temperature:g}; "
+                f"cache again with --temperature {objective.temperature:g}"
+            )
+        columns.append(temperature_column(objective.temperature).name)
+    return columns
 
 
 def make_tail(objective: Objective, cache: Cache) -> Tail:
@@ -263,7 +283,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     trainer = DistillationTrainer(
         model=model,
         args=prepared.arguments,
-        train_dataset=ShardDataset(cache, prepared.train_ids, tail_samples=objective.tail == "sampled"),
+        train_dataset=ShardDataset(cache, prepared.train_ids, extra=extra_columns(objective, cache)),
         eval_dataset=eval_dataset,
         data_collator=Collator(objective, vocabulary, threshold),
         eval_collator=eval_collator,

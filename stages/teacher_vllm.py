@@ -418,6 +418,46 @@ class _Guard:
         return answer
 
 
+# Generating ----------------------------------------------------------------------------------------------------------
+
+
+def generating_llm(
+    model: str,
+    *,
+    max_length: int,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    engine_args: Mapping[str, object] | None = None,
+) -> Any:
+    """vLLM's `LLM` for completions of token-id prompts. max_length: ids of prompt and completion together.
+
+    Raises UserError for a bad engine argument and RunError when the engine does not start.
+    """
+    given = {name: _value(v) if isinstance(v, str) else v for name, v in (engine_args or {}).items()}
+    _import_vllm()
+    _check_engine_args(given, max_length)
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    _default_environment(_whole_number(given, "tensor_parallel_size") * _whole_number(given, "pipeline_parallel_size"))
+    from vllm import LLM
+
+    arguments: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dtype": _explicit_dtype(config) if dtype == "auto" else dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": max_length,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+    }
+    if _on_cpu():
+        arguments["enforce_eager"] = True
+    try:
+        return LLM(model, **{**arguments, **given})
+    except Exception as error:
+        raise RunError(f"vLLM could not start {model} ({_first_line(error)}; its own message is above)") from error
+
+
 # Shared with the server's teacher -------------------------------------------------------------------------------------
 
 

@@ -13,10 +13,11 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from stages import evaluation
+from stages.decomposition import Decomposition
 from stages.distillation_forward import Head, install_distillation
-from stages.divergence import BUCKET, StudentTerms, divergences, teacher_terms
+from stages.divergence import BUCKET, StudentTerms, at_temperature, divergences, teacher_terms
 from stages.head_loss import head_loss
-from stages.objective import Objective, coefficients, weighted_sum
+from stages.objective import Objective, coefficients, compare, weighted_sum
 from stages.shard_dataset import Collator, WindowShuffle, teacher_rows
 from stages.tail import Tail
 
@@ -47,6 +48,7 @@ class DistillationTrainer(Trainer):
         self._eval_collator = eval_collator
         self._vocabulary_size = install_distillation(self.model)
         self.loss_is_scaled_for_ga = objective.normalize == "token"
+        self._decomposition = Decomposition(self.args.device)
         self.trained_positions = 0
         self.evaluation_seconds = 0.0
 
@@ -58,24 +60,53 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of one micro-batch (see Collator for `inputs`). num_items_in_batch: tokens of the whole step."""
-        rows = teacher_rows(inputs)
+        objective, temperature = self.objective, self.objective.temperature
+        weights = coefficients(objective, inputs["is_hard"], num_items_in_batch)
+        at_one = rows = teacher_rows(inputs)
+        if temperature != 1:
+            rows = at_temperature(rows, inputs["tail_logmass_at"], temperature)
         self.trained_positions += len(rows)
-        teacher = teacher_terms(rows, self.objective.tail)
-        weights = coefficients(self.objective, teacher.unc, inputs["is_hard"], num_items_in_batch)
+        teacher = teacher_terms(rows, objective.tail)
+        # Cross-entropy stays at temperature 1, which takes a second pass of the head where both are wanted.
+        separate_ce = temperature != 1 and (objective.ce_weight > 0 or objective.name == "ce")
 
         def loss_of(student: StudentTerms, part: slice) -> torch.Tensor:
-            return weighted_sum(divergences(student, teacher[part]), weights[part])
+            terms, weight = compare(objective, student, teacher[part]), weights[part]
+            self._decomposition.add(terms, teacher[part], inputs["is_hard"][part])
+            return weighted_sum(terms, replace(weight, ce=torch.zeros_like(weight.ce)) if separate_ce else weight)
+
+        def ce_of(student: StudentTerms, part: slice) -> torch.Tensor:
+            return (weights.ce[part] * divergences(student, teacher[part]).ce).sum()
 
         def from_hidden(hidden: torch.Tensor, head: Head, parameters: list[nn.Parameter]) -> torch.Tensor:
-            return head_loss(
-                hidden, head, parameters, rows, loss_of, vocabulary_size=self._vocabulary_size, tail=self._tail
+            def cooled(states: torch.Tensor) -> torch.Tensor:
+                return head(states) / temperature
+
+            size = self._vocabulary_size
+            total = head_loss(
+                hidden,
+                head if temperature == 1 else cooled,
+                parameters,
+                rows,
+                loss_of,
+                vocabulary_size=size,
+                tail=self._tail,
             )
+            if separate_ce:
+                total = total + head_loss(hidden, head, parameters, at_one, ce_of, vocabulary_size=size)
+            return total
 
         loss = model(distillation=from_hidden, input_ids=inputs["input_ids"], rows=inputs["rows"])
         if self.objective.normalize == "token" and num_items_in_batch is not None:
             # Gradients are averaged over devices, the tokens were counted over all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log with the paper's decomposition since the last one: mean TKD, DKD and UNC, easy and hard."""
+        if "loss" in logs:
+            logs = {**logs, **self._decomposition.take()}
+        super().log(logs, start_time)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

@@ -25,7 +25,20 @@ _SHORT = {
     "save_steps": "save_steps",
     "report_to": "report_to",
 }
-_OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize", "tail", "tail_gamma")
+_OBJECTIVE = (
+    "hard_ratio",
+    "easy_weight",
+    "ce_weight",
+    "rank_scope",
+    "normalize",
+    "tail",
+    "tail_gamma",
+    "direction",
+    "beta",
+    "train_on",
+    "temperature",
+    "temperature_squared",
+)
 
 
 @click.command("train-student")
@@ -57,7 +70,7 @@ _OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize
 @click.option(
     "--objective",
     default="atkd",
-    type=click.Choice(["atkd", "kl", "tkd", "dkd", "tkd+dkd", "ce"]),
+    type=click.Choice(["atkd", "kl", "tkd", "dkd", "tkd+dkd", "jsd", "tvd", "ce"]),
     help="What to minimise; ce ignores the teacher.",
 )
 @click.option(
@@ -90,6 +103,35 @@ _OBJECTIVE = ("hard_ratio", "easy_weight", "ce_weight", "rank_scope", "normalize
     type=click.Choice(["group", "token"]),
     help="group: mean over each group's tokens of a micro-batch (the paper's code); "
     "token: sum over all tokens, divided by the tokens of the step.",
+)
+@click.option(
+    "--direction",
+    default="forward",
+    type=click.Choice(["forward", "reverse"]),
+    help="reverse swaps teacher and student in the divergences; the ranks stay the teacher's.",
+)
+@click.option(
+    "--beta",
+    default=0.5,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="jsd: the teacher's share of the mixture.",
+)
+@click.option(
+    "--train-on",
+    default="all",
+    type=click.Choice(["all", "easy", "hard"]),
+    help="Only these tokens have a loss, split by --hard-ratio.",
+)
+@click.option(
+    "--temperature",
+    default=1.0,
+    type=click.FloatRange(0, min_open=True),
+    help="Of teacher and student in the divergences; one that the cache holds.",
+)
+@click.option(
+    "--temperature-squared/--no-temperature-squared",
+    default=True,
+    help="Multiply the divergences by the temperature's square, so that gradients keep their size.",
 )
 @click.option(
     "--tail",

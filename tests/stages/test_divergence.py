@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.divergence import TeacherRows, divergences, student_terms, teacher_terms
+from stages.divergence import TeacherRows, at_temperature, divergences, student_terms, teacher_terms
 from stages.tail import Tail, log_prior
 from tests import reference
 
@@ -230,3 +230,81 @@ def test_an_empty_tail_has_no_shape(mode: str) -> None:
     np.testing.assert_allclose(found.dkd.detach(), expected, rtol=1e-9)
     found.dkd.sum().backward()
     assert torch.isfinite(logits.grad).all()
+
+
+def full(teacher: np.ndarray, student: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.exp(reference.log_softmax(teacher)), np.exp(reference.log_softmax(student))
+
+
+def test_reverse_swaps_teacher_and_student() -> None:
+    teacher, student, gold = random_pair(12, 20, 2.0)
+    rows = kept_rows(teacher, gold, 20)
+    terms = teacher_terms(rows, "bucket", torch.float64)
+    found = divergences(student_terms(torch.tensor(student), rows), terms, "reverse")
+    for row in range(12):
+        g = int(gold[row])
+        np.testing.assert_allclose(found.tkd[row], reference.tkd(student[row], teacher[row], g), rtol=1e-9)
+        np.testing.assert_allclose(found.dkd[row], reference.dkd(student[row], teacher[row], g), rtol=1e-9)
+        np.testing.assert_allclose(found.whole[row], reference.kl(student[row], teacher[row]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jensen_shannon_and_total_variation(beta: float) -> None:
+    teacher, student, gold = random_pair(12, 20, 2.0)
+    rows = kept_rows(teacher, gold, 20)
+    terms = teacher_terms(rows, "bucket", torch.float64)
+    reduced = student_terms(torch.tensor(student), rows)
+    jsd = divergences(reduced, terms, whole="jsd", beta=beta).whole
+    tvd = divergences(reduced, terms, whole="tvd").whole
+    for row in range(12):
+        p, q = full(teacher[row], student[row])
+        m = beta * p + (1 - beta) * q
+        expected = beta * (p * np.log(p / m)).sum() + (1 - beta) * (q * np.log(q / m)).sum()
+        np.testing.assert_allclose(jsd[row], expected, rtol=1e-9)
+        np.testing.assert_allclose(tvd[row], 0.5 * np.abs(p - q).sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("whole", ["jsd", "tvd"])
+@pytest.mark.parametrize("top_n", [1, 5, 9])
+def test_gradcheck_of_whole_divergences(whole: str, top_n: int) -> None:
+    teacher, student, gold = random_pair(5, 9, 2.0)
+    rows = kept_rows(teacher, gold, top_n)
+    terms = teacher_terms(rows, "bucket", torch.float64)
+
+    def call(logits: torch.Tensor) -> torch.Tensor:
+        return divergences(student_terms(logits, rows), terms, whole=whole, beta=0.3).whole
+
+    assert torch.autograd.gradcheck(call, (torch.tensor(student, requires_grad=True),))
+
+
+@pytest.mark.parametrize("top_n", [1, 5, 9])
+def test_gradcheck_of_reverse(top_n: int) -> None:
+    teacher, student, gold = random_pair(5, 9, 2.0)
+    rows = kept_rows(teacher, gold, top_n)
+    terms = teacher_terms(rows, "bucket", torch.float64)
+
+    def call(logits: torch.Tensor) -> torch.Tensor:
+        found = divergences(student_terms(logits, rows), terms, "reverse")
+        return torch.stack([found.tkd, found.dkd, found.whole])
+
+    assert torch.autograd.gradcheck(call, (torch.tensor(student, requires_grad=True),))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("top_n", [1, 6, 25])
+def test_temperature_equals_softened_logits(temperature: float, top_n: int) -> None:
+    """From the kept set and the stored tail at T: what the teacher's logits divided by T would have given."""
+    teacher, student, gold = random_pair(10, 25, 3.0)
+    found = [
+        reference.position_statistics(t, int(g), top_n, (temperature,)) for t, g in zip(teacher, gold, strict=True)
+    ]
+    tail_at = torch.tensor([f["tail_logmass_T"][temperature] for f in found], dtype=torch.float64)
+    rows = at_temperature(kept_rows(teacher, gold, top_n), tail_at, temperature)
+    terms = divergences(
+        student_terms(torch.tensor(student / temperature), rows), teacher_terms(rows, "bucket", torch.float64)
+    )
+    for row in range(10):
+        p, q = teacher[row] / temperature, student[row] / temperature
+        tkd, dkd = reference.bucket_terms(p, q, int(gold[row]), found[row]["top_ids"])
+        np.testing.assert_allclose(terms.tkd[row], tkd, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(terms.dkd[row], dkd, rtol=1e-8, atol=1e-12)

@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.divergence import StudentTerms, TeacherRows, divergences, student_terms, teacher_terms
 from stages.head_loss import head_loss
-from stages.objective import OBJECTIVES, Objective, coefficients, weighted_sum
+from stages.objective import OBJECTIVES, Objective, coefficients, compare, weighted_sum
 from stages.tail import TAIL_MODES, Tail, log_prior
 from tests.stages.test_divergence import kept_rows
 
@@ -49,7 +49,7 @@ def setting(kind: str, objective: Objective, top_n: int, dtype: torch.dtype):
     rows = kept_rows(teacher, gold, top_n, dtype)
     terms = teacher_terms(rows, objective.tail, dtype)
     hard = torch.tensor(generator.random(ROWS) < 0.5)
-    weights = coefficients(objective, terms.unc, hard)
+    weights = coefficients(objective, hard, dtype=dtype)
     hidden = torch.tensor(generator.standard_normal((ROWS, WIDTH)), dtype=dtype)
     rows.tail_samples = tail_samples(rows, generator)
     return Head(kind).to(dtype), hidden, rows, terms, weights
@@ -70,9 +70,9 @@ def make_tail(mode: str) -> Tail:
     return Tail(mode, 0.6, log_prior(prior))
 
 
-def loss_of(terms, weights) -> Callable[[StudentTerms, slice], torch.Tensor]:
+def loss_of(objective, terms, weights) -> Callable[[StudentTerms, slice], torch.Tensor]:
     def call(student: StudentTerms, part: slice) -> torch.Tensor:
-        return weighted_sum(divergences(student, terms[part]), weights[part])
+        return weighted_sum(compare(objective, student, terms[part]), weights[part])
 
     return call
 
@@ -80,6 +80,7 @@ def loss_of(terms, weights) -> Callable[[StudentTerms, slice], torch.Tensor]:
 HEADS = ("plain", "bias", "capped", "scaled", "lora")
 CASES = [("atkd", top_n, tail, kind) for top_n in (1, 6, VOCABULARY) for tail in TAIL_MODES for kind in HEADS]
 CASES += [(name, 6, tail, "plain") for name in OBJECTIVES for tail in TAIL_MODES]
+CASES = [case for case in CASES if not Objective(name=case[0], tail=case[2]).problem()]
 
 
 @pytest.mark.parametrize(("name", "top_n", "tail", "kind"), CASES)
@@ -88,7 +89,7 @@ def test_equal_to_the_full_form(name: str, top_n: int, tail: str, kind: str) -> 
     head, hidden, rows, terms, weights = setting(kind, objective, top_n, torch.float32)
     whole = hidden.clone().requires_grad_()
     mode = make_tail(tail)
-    expected = weighted_sum(divergences(student_terms(head(whole), rows, mode), terms), weights)
+    expected = weighted_sum(compare(objective, student_terms(head(whole), rows, mode), terms), weights)
     parameters = [p for p in head.parameters() if p.requires_grad]
     expected_gradients = torch.autograd.grad(expected, [whole, *parameters])
 
@@ -99,7 +100,7 @@ def test_equal_to_the_full_form(name: str, top_n: int, tail: str, kind: str) -> 
         head,
         list(head.parameters()),
         rows,
-        loss_of(terms, weights),
+        loss_of(objective, terms, weights),
         slice_bytes=1,
         vocabulary_size=VOCABULARY,
         tail=mode,
@@ -110,7 +111,13 @@ def test_equal_to_the_full_form(name: str, top_n: int, tail: str, kind: str) -> 
         torch.testing.assert_close(ours, 2.0 * theirs, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         silent = head_loss(
-            hidden, head, list(head.parameters()), rows, loss_of(terms, weights), vocabulary_size=VOCABULARY, tail=mode
+            hidden,
+            head,
+            list(head.parameters()),
+            rows,
+            loss_of(objective, terms, weights),
+            vocabulary_size=VOCABULARY,
+            tail=mode,
         )
     torch.testing.assert_close(silent, expected, atol=1e-5, rtol=1e-5)
 
@@ -126,7 +133,13 @@ def test_gradcheck(name: str, tail: str) -> None:
         # The parameter the head uses, so that its gradient is the one that is asked for.
         head.output._parameters["weight"] = weight  # type: ignore[assignment]
         return head_loss(
-            hidden, head, [weight], rows, loss_of(terms, weights), vocabulary_size=VOCABULARY, tail=Tail(tail)
+            hidden,
+            head,
+            [weight],
+            rows,
+            loss_of(objective, terms, weights),
+            vocabulary_size=VOCABULARY,
+            tail=Tail(tail),
         )  # type: ignore[list-item]
 
     weight = head.output.weight.detach().clone().requires_grad_()
@@ -149,9 +162,9 @@ def test_bfloat16_weights_gather_their_gradient_in_float32() -> None:
     )
     objective = Objective("kl")
     terms = teacher_terms(rows, "bucket")
-    weights = coefficients(objective, terms.unc, torch.zeros(rows_count, dtype=torch.bool))
+    weights = coefficients(objective, torch.zeros(rows_count, dtype=torch.bool))
     found = head_loss(
-        hidden, head, [head.weight], rows, loss_of(terms, weights), slice_bytes=1, vocabulary_size=vocabulary
+        hidden, head, [head.weight], rows, loss_of(objective, terms, weights), slice_bytes=1, vocabulary_size=vocabulary
     )
     found.backward()
     exact_head = nn.Linear(16, vocabulary, bias=False)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stages import ranking
 from stages.divergence import divergences, student_terms, teacher_terms
-from stages.objective import NORMALIZATIONS, OBJECTIVES, Objective, coefficients, weighted_sum
+from stages.objective import NORMALIZATIONS, Objective, coefficients, compare, weighted_sum
 from tests import reference
 from tests.stages.test_divergence import kept_rows, random_pair
 
@@ -20,10 +20,12 @@ def loss(objective: Objective, teacher: np.ndarray, student: torch.Tensor, gold:
     rows = kept_rows(teacher, gold, teacher.shape[1])
     terms = teacher_terms(rows, objective.tail, torch.float64)
     hard = torch.tensor(ranking.is_hard(rows.gold_logprob.numpy(), objective.hard_ratio))
-    return weighted_sum(divergences(student_terms(student, rows), terms), coefficients(objective, terms.unc, hard))
+    return weighted_sum(
+        compare(objective, student_terms(student, rows), terms), coefficients(objective, hard, dtype=torch.float64)
+    )
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", reference.OBJECTIVES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 def test_equal_to_the_plain_definition(name: str, normalize: str, ce_weight: float) -> None:
@@ -69,7 +71,7 @@ def test_token_normalisation_adds_up_over_micro_batches() -> None:
     for part in (slice(0, 3), slice(3, 10)):
         rows = kept_rows(teacher[part], gold[part], 9)
         terms = teacher_terms(rows, "bucket", torch.float64)
-        weights = coefficients(objective, terms.unc, torch.zeros(len(rows), dtype=torch.bool), step_tokens=10)
+        weights = coefficients(objective, torch.zeros(len(rows), dtype=torch.bool), step_tokens=10, dtype=torch.float64)
         parts.append(weighted_sum(divergences(student_terms(torch.tensor(student[part]), rows), terms), weights))
     torch.testing.assert_close(sum(parts), whole)
 
@@ -95,3 +97,38 @@ def test_very_sure_tokens_still_have_an_order() -> None:
     """1 - p is 0 in float32 for all three; log p is not."""
     values = -np.array([1e-10, 1e-9, 1e-8], np.float32)
     assert ranking.is_hard(values, 1 / 3).tolist() == [False, False, True]
+
+
+def test_train_on_some_tokens_is_the_mean_over_those() -> None:
+    teacher, student, gold = random_pair(10, 9, 1.5)
+    unc = np.array([reference.unc(t, int(g)) for t, g in zip(teacher, gold, strict=True)])
+    hard = reference.is_hard(unc, 0.3)
+    kl = np.array([reference.kl(p, q) for p, q in zip(teacher, student, strict=True)])
+    for train_on, mask in [("hard", hard), ("easy", ~hard)]:
+        found = loss(Objective("kl", train_on=train_on, hard_ratio=0.3), teacher, torch.tensor(student), gold)
+        np.testing.assert_allclose(found, kl[mask].mean(), rtol=1e-9)
+    dkd = np.array([reference.dkd(p, q, int(g)) for p, q, g in zip(teacher, student, gold, strict=True)])
+    found = loss(Objective("atkd", train_on="easy", hard_ratio=0.3), teacher, torch.tensor(student), gold)
+    np.testing.assert_allclose(found, 0.2 * dkd[~hard].mean(), rtol=1e-9)
+
+
+def test_temperature_squared_scales_divergences_and_not_cross_entropy() -> None:
+    hard = torch.tensor([True, False])
+    plain = coefficients(Objective("kl", temperature=2.0, temperature_squared=False, ce_weight=0.5), hard)
+    squared = coefficients(Objective("kl", temperature=2.0, ce_weight=0.5), hard)
+    torch.testing.assert_close(squared.whole, 4 * plain.whole)
+    torch.testing.assert_close(squared.ce, plain.ce)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"direction": "reverse", "tail": "drop"},
+        {"name": "jsd", "tail": "prior"},
+        {"name": "tvd", "direction": "reverse"},
+        {"tail": "sampled", "temperature": 2.0},
+    ],
+)
+def test_options_that_do_not_go_together_are_named(options: dict) -> None:
+    assert Objective().problem() is None
+    assert Objective(**options).problem()

@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy, log_softmax
 from stages.distillation_forward import Head, install_distillation
 from stages.divergence import StudentTerms, divergences, teacher_terms
 from stages.head_loss import head_loss
-from stages.objective import NORMALIZATIONS, OBJECTIVES, Objective, coefficients, weighted_sum
+from stages.objective import NORMALIZATIONS, Objective, coefficients, weighted_sum
 from stages.shard_dataset import Collator, ShardDataset, corpus_threshold, teacher_rows
+from tests import reference
 from tests.conftest import VOCABULARY, Tiny
 
 
@@ -66,7 +67,7 @@ def online_loss(teacher, student, sequences, objective: Objective) -> torch.Tens
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", reference.OBJECTIVES)
 def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, full_cache: Any, tiny: Tiny) -> None:
     objective = Objective(name=name, normalize=normalize, ce_weight=0.1)
     dataset = ShardDataset(full_cache, np.arange(full_cache.manifest.corpus.sequences))
@@ -77,7 +78,7 @@ def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, fu
     batch = Collator(objective, VOCABULARY)(sequences)
     rows = teacher_rows(batch)
     terms = teacher_terms(rows, objective.tail)
-    weights = coefficients(objective, terms.unc, batch["is_hard"])
+    weights = coefficients(objective, batch["is_hard"])
     vocabulary = install_distillation(student)
 
     def from_hidden(hidden: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> torch.Tensor:

@@ -167,3 +167,44 @@ def test_trainer_arguments_reach_trainer_from_line_and_file(
         StudentOptions(str(tiny.student), str(cache_path), str(tmp_path / "x"), trainer=saved["trainer"])
     )
     assert prepared.arguments.optim.value == "adafactor"
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective("kl", tail="prior"),
+        Objective("kl", tail="sampled"),
+        Objective("kl", temperature=2.0, ce_weight=0.1),
+        Objective("atkd", direction="reverse"),
+        Objective("jsd", beta=0.9),
+        Objective("tvd", train_on="hard"),
+    ],
+    ids=lambda objective: f"{objective.name}-{objective.tail}-{objective.direction}-T{objective.temperature:g}",
+)
+def test_every_kind_of_objective_trains(objective: Objective, tiny: Tiny, rich_cache: Path, tmp_path: Path) -> None:
+    given = options(tiny, rich_cache, tmp_path / "out", objective=objective, trainer={"max_steps": 30})
+    losses = [entry for entry in train(prepare(given))["log"] if "loss" in entry]
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    # The decomposition is logged beside each loss.
+    assert {"tkd_easy", "tkd_hard", "dkd_easy", "dkd_hard", "unc_easy", "unc_hard"} <= set(losses[0])
+    assert losses[0]["unc_hard"] > losses[0]["unc_easy"]
+
+
+@pytest.fixture(scope="module")
+def rich_cache(make_cache: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tail at temperature 2 and tail samples."""
+    return make_cache(tmp_path_factory.mktemp("rich") / "cache", temperatures=(2.0,), tail_samples=4).path
+
+
+def test_a_temperature_or_samples_that_the_cache_lacks_are_refused(
+    tiny: Tiny, cache_path: Path, tmp_path: Path, pipeline: Callable[..., Any]
+) -> None:
+    base = ["train-student", "--student", tiny.student, "--shards", cache_path, "--output", tmp_path / "out"]
+    warm = pipeline(*base, "--temperature", 2)
+    sampled = pipeline(*base, "--tail", "sampled")
+    together = pipeline(*base, "--tail", "drop", "--direction", "reverse")
+    assert (warm.code, sampled.code, together.code) == (2, 2, 2)
+    assert "holds the temperatures 1, not 2" in warm.err
+    assert "--tail-samples" in sampled.err
+    assert "needs --tail bucket" in together.err
+    assert not (tmp_path / "out").exists()
