@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class _HandThrough(nn.Module):
     """Stands where the body was and returns the hidden states it is given as embeddings."""
 
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, inputs_embeds: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)

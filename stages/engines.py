@@ -74,13 +74,14 @@ def choose(
                 f"--vllm-arg and --vllm-route belong to --engine vllm; this would run on {engine} ({reason})"
             )
         return Choice(engine, reason)
-    from stages.teacher_vllm import can_serve, refuse_beyond_logprobs
+    from stages.teacher_vllm import can_serve, check_engine_args, refuse_beyond_logprobs
 
     serves, why = can_serve(options.teacher, revision=options.revision, trust_remote_code=options.trust_remote_code)
     if not serves:
         from stages.teacher_vllm import NOT_INSTALLED
 
         raise UserError(NOT_INSTALLED if "not installed" in why else why)
+    check_engine_args(options.vllm_args, max_length)
     if options.vllm_route == "prompt-logprobs":
         refuse_beyond_logprobs(statistics, "--vllm-route prompt-logprobs")
         return Choice("vllm-prompt-logprobs", reason)

@@ -83,7 +83,7 @@ class PreparedGeneration:
 
 def prepare(options: GenerateOptions) -> PreparedGeneration:
     """Raises UserError, with nothing written, for whatever can be told before the model is loaded."""
-    from stages.teacher_vllm import NOT_INSTALLED, can_serve
+    from stages.teacher_vllm import NOT_INSTALLED, can_serve, check_engine_args
 
     if Path(options.output).exists():
         raise UserError(f"{options.output}: exists already; name another --output or move it away")
@@ -92,6 +92,7 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     serves, why = can_serve(options.model, **source)
     if not serves:
         raise UserError(NOT_INSTALLED if "not installed" in why else why)
+    check_engine_args(options.vllm_args, options.max_length or 0)
     tokenizer = load_tokenizer(options.model, **source)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     max_length = options.max_length or context or 4096

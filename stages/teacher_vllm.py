@@ -139,7 +139,7 @@ class VllmTeacher(Teacher):
         self.max_length = max_length
         given = {name: _value(v) if isinstance(v, str) else v for name, v in (engine_args or {}).items()}
         vllm = _import_vllm()
-        _check_engine_args(given, max_length)
+        check_engine_args(given, max_length)
         architecture = _find_architecture(model, revision, trust_remote_code, str(given.get("model_impl", "auto")))
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
         dtype = _explicit_dtype(config) if dtype == "auto" else dtype
@@ -436,7 +436,7 @@ def generating_llm(
     """
     given = {name: _value(v) if isinstance(v, str) else v for name, v in (engine_args or {}).items()}
     _import_vllm()
-    _check_engine_args(given, max_length)
+    check_engine_args(given, max_length)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     _default_environment(_whole_number(given, "tensor_parallel_size") * _whole_number(given, "pipeline_parallel_size"))
     from vllm import LLM
@@ -660,7 +660,7 @@ def _create_config(arguments: dict[str, Any], model: str, *, allow_longer: bool)
             os.environ[name] = before
 
 
-def _check_engine_args(given: Mapping[str, object], max_length: int) -> None:
+def check_engine_args(given: Mapping[str, object], max_length: int) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     known = {f.name for f in fields(EngineArgs)}

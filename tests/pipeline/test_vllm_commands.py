@@ -26,7 +26,7 @@ def teacher(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer
 
     path = tmp_path_factory.mktemp("served")
-    shape = {"hidden": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape = {"vocab_size": 500, "hidden": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     make_model(path, AutoTokenizer.from_pretrained(tiny.tokenizer), peak=20.0, **shape)
     return path
 
@@ -36,7 +36,9 @@ def words(*arguments: object) -> list[str]:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words(*arguments), capture_output=True, text=True, check=False, timeout=300)
+    """One command, its engine inside its own process: that starts in half the time."""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return subprocess.run(words(*arguments), capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
 def caching(teacher: Path, tiny: Tiny, output: Path, *more: object) -> list[object]:
