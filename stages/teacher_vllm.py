@@ -88,21 +88,6 @@ def can_serve(model: str, *, revision: str | None = None, trust_remote_code: boo
     return True, f"vLLM {vllm.__version__} is installed and serves {found}"
 
 
-def parse_engine_args(pairs: Sequence[str]) -> dict[str, object]:
-    """`["tensor_parallel_size=8", "quantization=fp8"]` as keyword arguments; values are JSON where they can be.
-
-    Dashes in a name are underscores. Raises UserError for anything that is not `name=value`.
-    """
-    parsed: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        name = name.strip().lstrip("-").replace("-", "_")
-        if not equals or not name:
-            raise UserError(f"--vllm-arg {pair!r}: expected name=value, as in --vllm-arg tensor_parallel_size=8")
-        parsed[name] = _value(text.strip())
-    return parsed
-
-
 class VllmTeacher(Teacher):
     """Scores with vLLM in this process.
 

@@ -19,7 +19,7 @@ from stages import teacher_vllm
 from stages.corpus import Sequence
 from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
 from stages.teacher import Scored
-from stages.teacher_vllm import VllmTeacher, can_serve, parse_engine_args
+from stages.teacher_vllm import VllmTeacher, can_serve
 from storage.errors import RunError, UserError
 
 needs_vllm = pytest.mark.skipif(
@@ -426,21 +426,6 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_serve("anything") == (False, "vLLM is not installed")
     with pytest.raises(UserError, match=r"pip install 'teacher-logit-cache\[vllm\]'"):
         VllmTeacher("anything", OPTIONS, max_length=8)
-
-
-def test_engine_arguments_on_the_command_line() -> None:
-    given = ["tensor-parallel-size=8", "quantization=fp8", "gpu_memory_utilization = 0.8", "enforce_eager=True"]
-    assert parse_engine_args([*given, 'hf_overrides={"a": 1}', "x=a=b"]) == {
-        "tensor_parallel_size": 8,
-        "quantization": "fp8",
-        "gpu_memory_utilization": 0.8,
-        "enforce_eager": True,
-        "hf_overrides": {"a": 1},
-        "x": "a=b",
-    }
-    for wrong in ("tensor_parallel_size", "=3"):
-        with pytest.raises(UserError, match="expected name=value"):
-            parse_engine_args([wrong])
 
 
 def test_the_tail_of_the_stock_route_is_bounded() -> None:
