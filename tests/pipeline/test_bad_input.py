@@ -64,7 +64,7 @@ def caching(pipeline: Pipeline, tiny: Tiny, scene: Path) -> Callable[..., Finish
 
     def call(*more: object, **options: object) -> Finished:
         given: dict[str, object] = {"teacher": tiny.teacher, "dataset": tiny.corpus, "output": scene / "output"}
-        given |= {"top_n": 8, "shard_tokens": 1500, "processes": 1} | options
+        given |= {"engine": "transformers", "top_n": 8, "shard_tokens": 1500, "processes": 1} | options
         before = snapshot(scene, tiny.root)
         words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
         ended = pipeline("cache-teacher", *words, *more)
@@ -601,7 +601,19 @@ def run_alone(tmp_path: Path) -> Callable[..., Finished]:
 
 def caching_words(tiny: Tiny, output: Path, rows: int = 60) -> list[object]:
     words: list[object] = ["cache-teacher", "--teacher", tiny.teacher, "--dataset", tiny.corpus, "--output", output]
-    return [*words, "--top-n", 16, "--shard-tokens", 1500, "--processes", 1, "--limit", rows]
+    return [
+        *words,
+        "--engine",
+        "transformers",
+        "--top-n",
+        16,
+        "--shard-tokens",
+        1500,
+        "--processes",
+        1,
+        "--limit",
+        rows,
+    ]
 
 
 @pytest.fixture(scope="module")

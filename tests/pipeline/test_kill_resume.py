@@ -135,7 +135,9 @@ class Undisturbed:
 def caching_words(tiny: Tiny, output: Path) -> list[str]:
     """One shard for every sequence, so that there is much to interrupt."""
     words = ["cache-teacher", "--teacher", tiny.teacher, "--dataset", tiny.corpus, "--output", output]
-    return [str(word) for word in [*words, "--top-n", 8, "--shard-tokens", 2, "--processes", 1]]
+    return [
+        str(word) for word in [*words, "--engine", "transformers", "--top-n", 8, "--shard-tokens", 2, "--processes", 1]
+    ]
 
 
 def wait_for(condition: Callable[[], object], child: Any) -> bool:
