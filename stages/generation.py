@@ -152,7 +152,7 @@ class _Engine:
 
         options = prepared.options
         self._prepared = prepared
-        self._llm = generating_llm(
+        self._llm, self._guard = generating_llm(
             options.model,
             max_length=prepared.max_length,
             dtype=options.dtype,
@@ -182,11 +182,12 @@ class _Engine:
         ]
         prompts: Any = [{"prompt_token_ids": prompt.ids} for prompt in window]
         try:
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+            outputs = self._guard.call(lambda: self._llm.generate(prompts, parameters, use_tqdm=False))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            what = "died" if type(error).__name__ in ("EngineDeadError", "EngineKilled") else f"failed ({reason})"
             raise RunError(
-                f"the vLLM engine failed ({reason}); if it ran out of memory, lower --vllm-arg "
+                f"the vLLM engine {what}; if it ran out of memory, lower --vllm-arg "
                 "max_num_batched_tokens=… or gpu_memory_utilization=…; start the same command again to go on"
             ) from error
         return [(list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason)) for output in outputs]

@@ -163,7 +163,7 @@ class VllmTeacher(Teacher):
         others = set(multiprocessing.active_children())
         self._engine = self._start(vllm_config, model)
         processes = [child for child in multiprocessing.active_children() if child not in others]
-        self._guard = _Guard(processes) if type(self._engine.engine_core).__name__ != "InprocClient" else None
+        self._guard = EngineGuard(processes) if type(self._engine.engine_core).__name__ != "InprocClient" else None
         self.description = EngineDescription(
             "vllm" if route == "pooling" else "vllm-prompt-logprobs",
             dtype,
@@ -338,7 +338,7 @@ class VllmTeacher(Teacher):
                 f"vLLM ran out of memory; lower {self._memory_options()} and start the same command again to go on"
             )
         what = (
-            "died" if type(error).__name__ in ("EngineDeadError", "_EngineKilled") else f"failed ({_first_line(error)})"
+            "died" if type(error).__name__ in ("EngineDeadError", "EngineKilled") else f"failed ({_first_line(error)})"
         )
         return RunError(
             f"the vLLM engine {what}; its own message is above; if it ran out of memory, lower "
@@ -352,11 +352,11 @@ class VllmTeacher(Teacher):
                 engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
 
 
-class _EngineKilled(Exception):
+class EngineKilled(Exception):
     """A process of the engine is gone without a word."""
 
 
-class _Guard:
+class EngineGuard:
     """Calls into an engine that runs in processes of its own, and notices when one of them is killed.
 
     vLLM tells when its engine fails, but a client that waits for an answer waits for ever when the engine is killed
@@ -382,7 +382,7 @@ class _Guard:
 
     def call(self, function: Callable[[], _Answer]) -> _Answer:
         if self._lost:
-            raise _EngineKilled
+            raise EngineKilled
         self._calls.put(function)
         grace = 2  # checks in which a dead engine may still have told why
         try:
@@ -394,7 +394,7 @@ class _Guard:
                     if not all(process.is_alive() for process in self._processes):
                         grace -= 1
                         if not grace:
-                            raise _EngineKilled from None
+                            raise EngineKilled from None
         except BaseException:  # an interrupt as well: the answer to this call must not be taken for the next one's
             self._lost = True
             raise
@@ -414,10 +414,11 @@ def generating_llm(
     revision: str | None = None,
     trust_remote_code: bool = False,
     engine_args: Mapping[str, object] | None = None,
-) -> Any:
-    """vLLM's `LLM` for completions of token-id prompts. max_length: ids of prompt and completion together.
+) -> tuple[Any, EngineGuard]:
+    """vLLM's `LLM` for completions of token-id prompts, and the guard to call it through.
 
-    Raises UserError for a bad engine argument and RunError when the engine does not start.
+    max_length: ids of prompt and completion together. Raises UserError for a bad engine argument and RunError when
+    the engine does not start.
     """
     given = {name: _value(v) if isinstance(v, str) else v for name, v in (engine_args or {}).items()}
     _import_vllm()
@@ -437,10 +438,12 @@ def generating_llm(
     }
     if _on_cpu():
         arguments["enforce_eager"] = True
+    others = multiprocessing.active_children()
     try:
-        return LLM(model, **{**arguments, **given})
+        llm = LLM(model, **{**arguments, **given})
     except Exception as error:
         raise RunError(f"vLLM could not start {model} ({_first_line(error)}; its own message is above)") from error
+    return llm, EngineGuard([child for child in multiprocessing.active_children() if child not in others])
 
 
 # Shared with the server's teacher -------------------------------------------------------------------------------------

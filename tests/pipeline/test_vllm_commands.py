@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,35 +91,57 @@ def test_the_cache_is_the_one_of_transformers(
     np.testing.assert_allclose(ours_prior, their_prior, atol=1e-6)
 
 
-def test_a_killed_engine_is_one_sentence_and_the_same_command_goes_on(
-    undisturbed: tuple[Cache, str], teacher: Path, tiny: Tiny, tmp_path: Path
-) -> None:
+def kill_engine(process: subprocess.Popen[str], ready: Callable[[], bool]) -> str:
+    """Let a command run until `ready`, kill the processes of its engine, and return what it then said."""
     import psutil
 
-    arguments = caching(teacher, tiny, tmp_path / "cache")
-    process = subprocess.Popen(words(*arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    receipts = tmp_path / "cache" / "shards"
     deadline = time.monotonic() + 200
-    while not list(receipts.glob("*.json")):
+    while not ready():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    # The engine's processes, not Python's helpers that clean up after them.
     for child in psutil.Process(process.pid).children(recursive=True):
+        # Python's own helper, which cleans up after the others, stays.
         if "resource_tracker" not in " ".join(child.cmdline()):
             os.kill(child.pid, signal.SIGKILL)
     _, said = process.communicate(timeout=120)
-    done = len(list(receipts.glob("*.json")))
     if process.returncode == 0:
-        pytest.fail("the run had ended before its engine was killed; make the corpus longer")
+        pytest.fail("the run had ended before its engine was killed; give it more to do")
     assert process.returncode == 1, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "start the same command again" in errors[0]
+    return said
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(words(*arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def test_a_killed_engine_is_one_sentence_and_the_same_command_goes_on(
+    undisturbed: tuple[Cache, str], teacher: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    arguments = caching(teacher, tiny, tmp_path / "cache")
+    receipts = tmp_path / "cache" / "shards"
+    kill_engine(start(*arguments), lambda: any(receipts.glob("*.json")))
+    done = len(list(receipts.glob("*.json")))
     assert 0 < done < len(undisturbed[0].manifest.shards)
     again = command(*arguments)
     assert again.returncode == 0, again.stderr
     assert f"{done} of {len(undisturbed[0].manifest.shards)} shards are done already" in again.stderr
     assert_equal(Cache.open(tmp_path / "cache"), undisturbed[0], 0)
+
+
+def test_a_killed_engine_ends_generation_too(teacher: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"x = {i}"}) + "\n" for i in range(600)))
+    partial = tmp_path / "out.jsonl.partial"
+    process = start(
+        *("generate", "--model", teacher, "--prompts", prompts, "--output", tmp_path / "out.jsonl"),
+        *("--max-new-tokens", 60),
+    )
+    kill_engine(process, lambda: partial.exists() and partial.stat().st_size > 0)
+    assert len(partial.read_bytes().splitlines()) == 256
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_completions_resume_and_are_scored(teacher: Path, tiny: Tiny, tmp_path: Path) -> None:
