@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 # Before torch is imported: threads that wait by spinning starve the processes that some tests start.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
