@@ -143,7 +143,12 @@ def serve(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
     tokens = sum(len(sequence.input_ids) for sequence in work)
     print("RESULT " + json.dumps({"tokens_per_second": tokens / seconds, "memory_mb": memory.growth_mb}), flush=True)
-    os._exit(0)  # engines are slow to say good-bye
+    # Engines are slow to say good-bye, and one that is left behind holds the pipe that is being read.
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(0)
 
 
 class PeakMemory:
