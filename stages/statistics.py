@@ -1,10 +1,10 @@
 """What is kept of the teacher's distribution at a position, computed from its logits.
 
-Everything comes from one pass over a slice of rows `[C, V]`, in fp32 and without cancellation:
+Everything comes from one softmax of a slice of rows `[C, V]`, in fp32 and without cancellation:
 
-- logits are centred on their maximum before `exp`, so the entropy keeps its digits;
 - the tail mass is the sum of what is left after the kept set is zeroed, never `1 - sum(top)`: in fp32
   the difference is wrong by more than itself once the tail is under 1e-6;
+- log Z comes from the share of the most probable id, `p_max = 1 / sum_j e^(z_j - z_max)`, which is at least 1 / V;
 - `log p(gold) = -softplus(log nongold - z_gold)`, so a teacher that is sure to 1 - 1e-9 still has a UNC
   of 1e-9 instead of 0, and its tokens still rank.
 
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Logits of padded vocabulary ids may be -inf; a finite floor keeps 0 * -inf out of the entropy.
 _FLOOR = -1.0e4
+# Ids per group of the top-k's tournament.
+_GROUP = 8
 # Ids per block of the two-level search that draws tail samples.
 _BLOCK = 256
 
@@ -82,55 +83,88 @@ def row_statistics(
 ) -> RowStatistics:
     """Statistics of each row of `logits`.
 
-    logits: `[C, V]`, any float dtype; fp32 logits are overwritten (they are the caller's last use).
+    logits: `[C, V]`, any float dtype.
     gold: int64 `[C]`, the token that really came next.
     uniforms: float64 `[C, M]` in [0, 1), needed when `options.tail_samples` is set.
-    prior_sum: float64 `[V]`, to which the tail distribution of the rows in `prior_rows` (bool `[C]`, all
+    prior_sum: float `[V]`, to which the tail distribution of the rows in `prior_rows` (bool `[C]`, all
         when None) is added: `sum_t p_t(j) [j not in K_t]`.
     """
     x = logits.float()
-    top, top_ids = x.topk(options.top_n, dim=1)
+    top, top_ids = top_k(x, options.top_n)
     peak = top[:, :1]
     gold_column = gold[:, None]
-    gold_x = x.gather(1, gold_column) - peak
-    x.sub_(peak).clamp_(min=_FLOOR)
+    # A head that is padded may give -inf at ids that do not exist; a floor keeps 0 * -inf out of the entropy.
+    gold_x = (x.gather(1, gold_column) - peak).clamp_(min=_FLOOR)
     top_x = (top - peak).clamp_(min=_FLOOR)
-    e = x.exp()
-    weighted = torch.linalg.vecdot(x, e)
+    p = x.softmax(1)
 
     top_is_gold = top_ids == gold_column
-    top_e = e.gather(1, top_ids)
-    gold_e = e.gather(1, gold_column).squeeze(1)
-    tail_e = e.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
-    tail = tail_e.sum(1)
-    nongold = tail + top_e.masked_fill(top_is_gold, 0.0).sum(1)
-    log_z = (nongold + gold_e).log()
+    top_p = p.gather(1, top_ids)
+    log_z = -top_p[:, :1].log()
+    outside_p = p.gather(1, gold_column).masked_fill_(top_is_gold.any(1, keepdim=True), 0.0)
+    tail_p = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
+    tail = tail_p.sum(1)
+    nongold = tail + top_p.masked_fill(top_is_gold, 0.0).sum(1)
     # + 0.0 turns the -0.0 of a certain gold into 0.0.
-    gold_logprob = -torch.nn.functional.softplus(nongold.log() - gold_x.squeeze(1)) + 0.0
-    top_logprobs = torch.where(top_is_gold, gold_logprob[:, None], top_x - log_z[:, None])
+    gold_logprob = -torch.nn.functional.softplus(nongold.log() - (gold_x - log_z).squeeze(1)) + 0.0
+    top_logprobs = torch.where(top_is_gold, gold_logprob[:, None], top_x - log_z)
 
-    if prior_sum is not None:
-        weights = (-log_z).exp()
-        if prior_rows is not None:
-            weights = weights * prior_rows
-        prior_sum += (weights @ tail_e).to(prior_sum)
-
-    at = [((x / t).exp_().masked_fill_(tail_e == 0, 0.0).sum(1).log() - log_z / t) for t in options.temperatures]
+    rows = p.new_ones(len(p)) if prior_rows is None else prior_rows.to(p)
+    tail_sum = None if prior_sum is None else rows @ tail_p
+    at = [_tail_logmass_at(x, t, top_ids, gold_column) - log_z.squeeze(1) / t for t in options.temperatures]
     if options.tail_samples:
         if uniforms is None:
             raise ValueError("tail samples need uniforms")
-        samples = _draw(tail_e, uniforms.to(tail_e.device))
+        samples = _draw(tail_p, uniforms.to(tail_p.device))
     else:
         samples = top_ids.new_empty((len(gold), 0))
+
+    # -sum p log p = log Z - sum p (z - z_max). The tail's part takes the place of its probabilities.
+    products = tail_p.mul_(x)
+    tail_x = products.sum(1)
+    if tail_x.isnan().any():
+        tail_x = products.nan_to_num_(nan=0.0).sum(1)
+    mean_x = (top_p * top_x).sum(1) + (outside_p * gold_x).squeeze(1) + tail_x - peak.squeeze(1) * tail
+    # After everything that may run out of memory, so that a caller can try again with fewer rows.
+    if prior_sum is not None and tail_sum is not None:
+        prior_sum += tail_sum
     return RowStatistics(
         gold_logprob=gold_logprob,
-        tail_logmass=tail.log() - log_z,
-        entropy=(log_z - weighted / log_z.exp()).clamp_(min=0.0),
+        tail_logmass=tail.log(),
+        entropy=(log_z.squeeze(1) - mean_x).clamp_(min=0.0),
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         tail_logmass_at=torch.stack(at, 1) if at else x.new_empty((len(gold), 0)),
         tail_samples=samples,
     )
+
+
+def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x.topk(k, dim=1)` of `[C, V]`: values in descending order and their int64 ids, both `[C, k]`.
+
+    On a CPU torch selects by a heap over the whole row, the dearest step of all. Here ids are grouped, and only the k
+    groups with the largest maxima are looked into: they hold the k largest values, ties aside.
+    """
+    groups = x.shape[1] // _GROUP
+    if x.device.type != "cpu" or groups < 2 * k:
+        return x.topk(k, dim=1)
+    # Ids that are `groups` apart share a group, so that the maxima are taken of contiguous vectors.
+    grouped, rest = x[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)), x[:, groups * _GROUP :]
+    group = top_k(grouped.amax(1), k)[1]
+    members = grouped.gather(2, group[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
+    values, index = torch.cat([members, rest], 1).topk(k, dim=1)
+    ids = index // k * groups + group.gather(1, index % k)
+    return values, torch.where(index < members.shape[1], ids, index - members.shape[1] + groups * _GROUP)
+
+
+def _tail_logmass_at(
+    x: torch.Tensor, temperature: float, top_ids: torch.Tensor, gold_column: torch.Tensor
+) -> torch.Tensor:
+    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`."""
+    p = (x / temperature).softmax(1)
+    peak_p = p.gather(1, top_ids[:, :1]).squeeze(1)
+    tail = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0).sum(1)
+    return tail.log() - peak_p.log()
 
 
 def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

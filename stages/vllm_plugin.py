@@ -253,13 +253,18 @@ class StatisticsCollector:
                 raise RuntimeError(
                     f"the model's logits are {width} wide, its configuration says {self.vocabulary_size}"
                 )
+            # float32 within a slice, float64 over the slices of a shard.
+            slice_prior = None if prior_rows is None else hidden.new_zeros(self.vocabulary_size, dtype=torch.float32)
             statistics = self._statistics(
                 logits,
                 gold_rows[start:stop],
                 None if uniform_rows is None else uniform_rows[start:stop],
                 None if prior_rows is None else prior_rows[start:stop],
+                slice_prior,
             )
             del logits
+            if slice_prior is not None:
+                self._add_to_prior(slice_prior)
             first, last = np.searchsorted(entry_rows, (start, stop))
             dense.append(_dense(statistics))
             entries.append(_entries(statistics, entry_index[first:last] - start))
@@ -268,35 +273,31 @@ class StatisticsCollector:
         self._prior_positions += int(in_prior.sum())
         return _split(torch.cat(dense), torch.cat(entries), chunks)
 
+    def _add_to_prior(self, tail_sum: torch.Tensor) -> None:
+        if self._prior_sum is None:
+            self._prior_sum = tail_sum.double()
+        else:
+            self._prior_sum += tail_sum
+
     def _statistics(
         self,
         logits: torch.Tensor,
         gold: torch.Tensor,
         uniforms: torch.Tensor | None,
         prior_rows: torch.Tensor | None,
+        prior_sum: torch.Tensor | None,
     ) -> RowStatistics:
-        """`row_statistics`, in blocks that a CPU's caches hold, and in halves where the whole does not fit.
-
-        The logits may be shifted by a first attempt; no statistic depends on a row's shift. Its part of the prior
-        only counts once the rest has worked.
-        """
+        """`row_statistics`, in blocks that a CPU's caches hold, and in halves where the whole does not fit."""
         rows = len(logits)
         block = rows_per_slice(self.vocabulary_size, _CACHED_BYTES) if logits.device.type == "cpu" else rows
         if rows <= block:
-            prior = None
-            if prior_rows is not None:
-                prior = torch.zeros(self.vocabulary_size, dtype=torch.float64, device=logits.device)
             try:
-                statistics = row_statistics(
-                    logits, gold, self.options, uniforms=uniforms, prior_sum=prior, prior_rows=prior_rows
+                return row_statistics(
+                    logits, gold, self.options, uniforms=uniforms, prior_sum=prior_sum, prior_rows=prior_rows
                 )
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
-            else:
-                if prior is not None:
-                    self._prior_sum = prior if self._prior_sum is None else self._prior_sum.add_(prior)
-                return statistics
             torch.cuda.empty_cache()
             block = rows // 2
         parts = [
@@ -305,6 +306,7 @@ class StatisticsCollector:
                 gold[start : start + block],
                 None if uniforms is None else uniforms[start : start + block],
                 None if prior_rows is None else prior_rows[start : start + block],
+                prior_sum,
             )
             for start in range(0, rows, block)
         ]

@@ -126,11 +126,11 @@ def test_out_of_memory_halves_the_rows(
 
     def scarce(logits: torch.Tensor, *arguments: Any, prior_sum: torch.Tensor | None = None, **more: Any):
         sizes.append(len(logits))
-        statistics = row_statistics(logits, *arguments, prior_sum=prior_sum, **more)
         if len(logits) > 6:
-            # As late as can be: the logits are shifted and the prior has its part.
+            # As late as can be: the logits have been worked on; the prior has its part only in the end.
+            row_statistics(logits, *arguments, **more)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return statistics
+        return row_statistics(logits, *arguments, prior_sum=prior_sum, **more)
 
     monkeypatch.setattr(vllm_plugin, "row_statistics", scarce)
     prompt = Prompt(20, 1)
