@@ -46,6 +46,8 @@ class BodyAndHead:
                 f"{type(model).__name__} has no separate body and output layer; score it with --engine vllm"
             )
         self._body: nn.Module = model.get_submodule(prefix)
+        # Set by `check` where the head turns out to be its output layer and nothing else.
+        self.linear_head: nn.Linear | None = None
         self._head = copy.copy(model)
         self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough()}
         output = model.get_output_embeddings()
@@ -85,3 +87,10 @@ class BodyAndHead:
             raise UserError(
                 f"{type(model).__name__} computes its logits in a way this engine does not follow; use --engine vllm"
             )
+        output = model.get_output_embeddings()
+        if type(output) is nn.Linear and output.weight.dtype == self._head_dtype:
+            # Large, so that a cap or a scale cannot hide in rounding.
+            probe = torch.linspace(-1e3, 1e3, 4 * output.in_features, device=device, dtype=self._head_dtype)
+            probe = probe.view(1, 4, -1)
+            if torch.equal(self._head(inputs_embeds=probe, use_cache=False).logits, output(probe)):
+                self.linear_head = output

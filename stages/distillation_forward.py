@@ -42,7 +42,9 @@ def install_distillation(model: Any) -> int:
         if parts is None:
             logits = own_forward(input_ids=input_ids, use_cache=False).logits
             return distillation(logits.flatten(0, 1)[rows], _identity, [])
-        return distillation(parts.body(input_ids).flatten(0, 1)[rows], parts.head, parts.head_parameters)
+        return distillation(
+            parts.body(input_ids).flatten(0, 1)[rows], parts.linear_head or parts.head, parts.head_parameters
+        )
 
     model.forward = forward
     return vocabulary

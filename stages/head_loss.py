@@ -13,7 +13,7 @@ three matrix products are all there is, as in plain cross-entropy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,15 @@ def head_loss(
     *,
     vocabulary_size: int,
     tail: Tail = BUCKET,
-    slice_bytes: int = 64 << 20,
+    temperature: float = 1.0,
+    slice_bytes: int = 256 << 20,
 ) -> torch.Tensor:
-    """The summed loss of R rows, differentiable with respect to `hidden` and `parameters`.
+    """The summed loss of R rows, differentiable once with respect to `hidden` and `parameters`.
 
     hidden: `[R, H]`, the states before the head at the stored positions. head: `[C, H] -> [C, V]`, with whatever
-    scaling, capping, bias or adapter the model has. parameters: what `head` uses and is trained; a weight tied to the
-    embedding is among them. slice_bytes: memory of one slice of fp32 logits.
+    scaling, capping, bias or adapter the model has; an `nn.Linear` takes a shorter way. parameters: what `head` uses;
+    a weight tied to the embedding is among them. temperature: the logits are divided by it. slice_bytes: memory of
+    one slice of fp32 logits; the fewer rows a slice has, the more often the head's weights are read.
     """
     size = max(16, slice_bytes // (4 * vocabulary_size))
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -50,9 +52,10 @@ def head_loss(
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            total = total + loss_of(_reduce(_at_least_float32(head(hidden[part])), rows[part], tail).terms, part)
+            logits = _at_temperature(_at_least_float32(head(hidden[part])), temperature)
+            total = total + loss_of(_reduce(logits, rows[part], tail).terms, part)
         return total
-    return _HeadLoss.apply(hidden, head, rows, tail, loss_of, size, *trained)
+    return _HeadLoss.apply(hidden, head, rows, tail, temperature, loss_of, size, *trained)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -63,6 +66,7 @@ class _HeadLoss(torch.autograd.Function):
         head: Callable[[torch.Tensor], torch.Tensor],
         rows: TeacherRows,
         tail: Tail,
+        temperature: float,
         loss_of: LossOfTerms,
         size: int,
         *parameters: torch.Tensor,
@@ -74,26 +78,56 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            with torch.enable_grad():
-                leaf = hidden[part].detach().requires_grad_()
-                logits = head(leaf)
-            loss, gradient = _loss_and_gradient(logits.detach(), rows[part], tail, loss_of, part)
+            states = hidden[part].detach()
+            if isinstance(head, nn.Linear):
+                # Nothing but `gradient` is needed to go back through it, so its output is ours to overwrite.
+                with torch.no_grad():
+                    logits = head(states)
+                loss, gradient = _loss_and_gradient(logits, rows[part], tail, temperature, loss_of, part, own=True)
+                hidden_gradient[part] = _through_linear(head, states, gradient.to(logits.dtype), parameters, gradients)
+            else:
+                with torch.enable_grad():
+                    logits = head(states.requires_grad_())
+                loss, gradient = _loss_and_gradient(logits.detach(), rows[part], tail, temperature, loss_of, part)
+                found = torch.autograd.grad(logits, [states, *parameters], gradient.to(logits.dtype), allow_unused=True)
+                hidden_gradient[part] = found[0]
+                for gathered, new in zip(gradients, found[1:], strict=True):
+                    if new is not None:
+                        gathered += new
             total += loss
-            found = torch.autograd.grad(logits, [leaf, *parameters], gradient.to(logits.dtype), allow_unused=True)
-            hidden_gradient[part] = found[0]
-            for gathered, new in zip(gradients, found[1:], strict=True):
-                if new is not None:
-                    gathered += new
-        ctx.save_for_backward(hidden_gradient, *gradients)
+        ctx.gradients = hidden_gradient, gradients
         ctx.dtypes = [p.dtype for p in parameters]
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were handed out by an earlier backward")
         (scale,) = outputs
-        hidden_gradient, *gradients = ctx.saved_tensors
-        scaled = [(scale * g).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return (scale * hidden_gradient).to(hidden_gradient.dtype), None, None, None, None, None, *scaled
+        hidden_gradient, gradients = ctx.gradients
+        # Given away, so that they become the parameters' `.grad` without a copy.
+        ctx.gradients = None
+        scaled = [g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return hidden_gradient.mul_(scale), None, None, None, None, None, None, *scaled
+
+
+def _through_linear(
+    head: nn.Linear,
+    states: torch.Tensor,
+    gradient: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Gradient on `states` `[C, H]` from the one on the logits `[C, V]`; those of `parameters` are added in place."""
+    for parameter, gathered in zip(parameters, gradients, strict=True):
+        if parameter is head.bias:
+            gathered += gradient.sum(0)
+        elif parameter is head.weight:
+            if gathered.dtype == gradient.dtype == states.dtype:
+                gathered.addmm_(gradient.T, states)
+            else:
+                gathered += gradient.T @ states.to(gradient.dtype)
+    return gradient @ head.weight.to(gradient.dtype)
 
 
 @dataclass
@@ -101,12 +135,13 @@ class _Reduced:
     """A slice of logits reduced to its terms, and what turns their gradient into one on the logits."""
 
     terms: StudentTerms
-    tail_softmax: torch.Tensor  # [C, V], zero on the kept set
+    weights: torch.Tensor  # [C, V], the softmax within the tail up to a factor per row; zero on the kept set
+    factor: torch.Tensor  # [C, 1], that factor
     shape: torch.Tensor | None  # [C, V], the tail mode's shape where it is dense
     samples: tuple[torch.Tensor, torch.Tensor] | None  # ids [C, M] and their shares of the tail
 
 
-def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail) -> _Reduced:
+def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False) -> _Reduced:
     """Terms of logits `[C, V]`, without a graph."""
     gold, ids = rows.gold[:, None], kept_ids(rows)
     entries = z.gather(1, ids).masked_fill(ids == gold, float("-inf"))
@@ -117,27 +152,36 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail) -> _Reduced:
         samples = sample_weights(rows)
         terms.expected = (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
         terms.shape = torch.zeros_like(z_gold)
-    outside = z.scatter(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
+    outside = z if own and tail.mode != "prior" else z.clone()
+    outside.scatter_(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
     peak = outside.amax(1, keepdim=True)
     # A kept set that is the whole vocabulary leaves a tail of nothing but -inf.
     peak.masked_fill_(peak == float("-inf"), 0.0)
-    exponentials = outside.sub_(peak).exp_()
-    total = exponentials.sum(1, keepdim=True)
-    softmax = exponentials.div_(total.clamp(min=torch.finfo(z.dtype).tiny))
+    weights = outside.sub_(peak).exp_()
+    total = weights.sum(1, keepdim=True)
+    factor = total.clamp(min=torch.finfo(z.dtype).tiny).reciprocal()
     terms.tail = (total.log() + peak).squeeze(1)
     shape = None
     if tail.mode == "prior":
-        shape = tail.prior_shape(softmax)
+        shape = tail.prior_shape(weights)
         terms.expected = torch.linalg.vecdot(shape, z)
         terms.shape = torch.xlogy(shape, shape).sum(1)
-    return _Reduced(terms, softmax, shape, samples)
+    return _Reduced(terms, weights, factor, shape, samples)
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, rows: TeacherRows, tail: Tail, loss_of: LossOfTerms, part: slice
+    logits: torch.Tensor,
+    rows: TeacherRows,
+    tail: Tail,
+    temperature: float,
+    loss_of: LossOfTerms,
+    part: slice,
+    *,
+    own: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a slice and its gradient on the logits `[C, V]`."""
-    reduced = _reduce(_at_least_float32(logits), rows, tail)
+    """Loss of a slice and its gradient on the logits `[C, V]`, which are overwritten where they are our own."""
+    z = _at_temperature(_at_least_float32(logits), temperature)
+    reduced = _reduce(z, rows, tail, own=own or z is not logits)
     terms = reduced.terms
     leaves = [terms.gold, terms.entries, terms.tail]
     if terms.expected is not None:
@@ -146,11 +190,11 @@ def _loss_and_gradient(
         for leaf in leaves:
             leaf.requires_grad_()
         loss = loss_of(terms, part)
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found = torch.autograd.grad(loss / temperature, leaves, allow_unused=True)
     gold, entries, lump, *expected = (
         torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found, strict=True)
     )
-    gradient = reduced.tail_softmax.mul_(lump[:, None])
+    gradient = reduced.weights.mul_(lump[:, None] * reduced.factor)
     if reduced.shape is not None:
         gradient.addcmul_(reduced.shape, expected[0][:, None])
     # Padding entries stand at gold, whose own gradient comes last; an id stands once in the top-N.
@@ -161,6 +205,10 @@ def _loss_and_gradient(
         ids, shares = reduced.samples
         gradient.scatter_add_(1, ids, expected[0][:, None] * shares.to(gradient))
     return loss.detach(), gradient
+
+
+def _at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,10 @@ class Tail:
         return self.mode in ("prior", "sampled")
 
     def prior_shape(self, tail_softmax: torch.Tensor) -> torch.Tensor:
-        """r `[C, V]` of the mode `prior`, summing to 1 over the tail, from the student's softmax within it."""
+        """r `[C, V]` of the mode `prior`, summing to 1 over the tail.
+
+        tail_softmax: `[C, V]`, the student's softmax within the tail up to a factor per row, 0 elsewhere.
+        """
         assert self.log_prior is not None
         width = tail_softmax.shape[1]
         prior = torch.nn.functional.pad(self.log_prior, (0, max(0, width - len(self.log_prior))), value=float("-inf"))

@@ -79,18 +79,16 @@ class DistillationTrainer(Trainer):
             return (weights.ce[part] * divergences(student, teacher[part]).ce).sum()
 
         def from_hidden(hidden: torch.Tensor, head: Head, parameters: list[nn.Parameter]) -> torch.Tensor:
-            def cooled(states: torch.Tensor) -> torch.Tensor:
-                return head(states) / temperature
-
             size = self._vocabulary_size
             total = head_loss(
                 hidden,
-                head if temperature == 1 else cooled,
+                head,
                 parameters,
                 rows,
                 loss_of,
                 vocabulary_size=size,
                 tail=self._tail,
+                temperature=temperature,
             )
             if separate_ce:
                 total = total + head_loss(hidden, head, parameters, at_one, ce_of, vocabulary_size=size)

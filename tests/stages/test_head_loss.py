@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from stages.causal_lm import BodyAndHead
 from stages.divergence import StudentTerms, TeacherRows, divergences, student_terms, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import OBJECTIVES, Objective, coefficients, compare, weighted_sum
@@ -52,7 +54,8 @@ def setting(kind: str, objective: Objective, top_n: int, dtype: torch.dtype):
     weights = coefficients(objective, hard, dtype=dtype)
     hidden = torch.tensor(generator.standard_normal((ROWS, WIDTH)), dtype=dtype)
     rows.tail_samples = tail_samples(rows, generator)
-    return Head(kind).to(dtype), hidden, rows, terms, weights
+    head = nn.Linear(WIDTH, VOCABULARY, bias=kind == "linear with bias") if "linear" in kind else Head(kind)
+    return head.to(dtype), hidden, rows, terms, weights
 
 
 def tail_samples(rows: TeacherRows, generator: np.random.Generator) -> torch.Tensor:
@@ -77,9 +80,9 @@ def loss_of(objective, terms, weights) -> Callable[[StudentTerms, slice], torch.
     return call
 
 
-HEADS = ("plain", "bias", "capped", "scaled", "lora")
+HEADS = ("linear", "linear with bias", "plain", "bias", "capped", "scaled", "lora")
 CASES = [("atkd", top_n, tail, kind) for top_n in (1, 6, VOCABULARY) for tail in TAIL_MODES for kind in HEADS]
-CASES += [(name, 6, tail, "plain") for name in OBJECTIVES for tail in TAIL_MODES]
+CASES += [(name, 6, tail, "linear") for name in OBJECTIVES for tail in TAIL_MODES]
 CASES = [case for case in CASES if not Objective(name=case[0], tail=case[2]).problem()]
 
 
@@ -124,26 +127,83 @@ def test_equal_to_the_full_form(name: str, top_n: int, tail: str, kind: str) -> 
 
 @pytest.mark.parametrize("tail", ["bucket", "drop", "sampled"])  # the shape of `prior` is held constant
 @pytest.mark.parametrize("name", ["atkd", "kl"])
-def test_gradcheck(name: str, tail: str) -> None:
+@pytest.mark.parametrize("kind", ["linear", "capped"])
+def test_gradcheck(kind: str, name: str, tail: str) -> None:
     objective = Objective(name=name, tail=tail)
-    head, hidden, rows, terms, weights = setting("capped", objective, 5, torch.float64)
+    head, hidden, rows, terms, weights = setting(kind, objective, 5, torch.float64)
 
     def call(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        head.output.weight = nn.Parameter(weight.detach())
         # The parameter the head uses, so that its gradient is the one that is asked for.
-        head.output._parameters["weight"] = weight  # type: ignore[assignment]
+        module.weight = weight  # type: ignore[assignment]
         return head_loss(
             hidden,
             head,
-            [weight],
+            [weight],  # type: ignore[list-item]
             rows,
             loss_of(objective, terms, weights),
             vocabulary_size=VOCABULARY,
             tail=Tail(tail),
-        )  # type: ignore[list-item]
+            temperature=1.5,
+        )
 
-    weight = head.output.weight.detach().clone().requires_grad_()
-    assert torch.autograd.gradcheck(call, (hidden.requires_grad_(), weight))
+    class Again(torch.autograd.Function):
+        """gradcheck goes backward more than once, which the loss itself refuses."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(*inputs)
+            return call(*inputs).detach()
+
+        @staticmethod
+        def backward(ctx: Any, scale: torch.Tensor) -> Any:
+            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            with torch.enable_grad():
+                return torch.autograd.grad(call(*leaves), leaves, scale)
+
+    module = head if isinstance(head, nn.Linear) else head.output
+    weight = module.weight.detach().clone().requires_grad_()
+    del module.weight
+    assert torch.autograd.gradcheck(Again.apply, (hidden.requires_grad_(), weight))
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "is_linear"),
+    [
+        ("Llama", {}, True),
+        ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}, True),
+        ("Gemma2", {"head_dim": 16}, False),  # capped
+        ("Granite", {"logits_scaling": 3.0}, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_only_its_output_layer_is_recognised(
+    family: str, more: dict[str, Any], is_linear: bool, dtype: torch.dtype
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=77,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **more,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    parts = BodyAndHead(model)
+    parts.check(model, 77)
+    assert parts.linear_head is (model.get_output_embeddings() if is_linear else None)
+
+
+def test_a_second_backward_is_refused() -> None:
+    """The gradients were given away; a second pass would hand out zeros or scaled ones."""
+    objective = Objective("kl")
+    head, hidden, rows, terms, weights = setting("linear", objective, 5, torch.float32)
+    loss = head_loss(hidden, head, [head.weight], rows, loss_of(objective, terms, weights), vocabulary_size=VOCABULARY)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="earlier backward"):
+        loss.backward()
 
 
 def test_bfloat16_weights_gather_their_gradient_in_float32() -> None:
