@@ -64,9 +64,12 @@ class BodyAndHead:
         found = [*self._head._parameters.values(), *(p for module in modules for p in module.parameters())]
         return [parameter for parameter in found if parameter is not None]
 
-    def body(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[B, L, H]`. Right padding needs no mask: attention is causal."""
-        return self._body(input_ids=input_ids, use_cache=False).last_hidden_state
+    def body(self, input_ids: torch.Tensor, **packing: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[B, L, H]`. Right padding needs no mask: attention is causal.
+
+        packing: `position_ids` where the row holds several sequences (packing.py).
+        """
+        return self._body(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of hidden states `[R, H]`."""

@@ -101,7 +101,7 @@ def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, fu
 def test_corpus_scope_is_the_same_however_batches_are_formed(full_cache: Any) -> None:
     objective = Objective(rank_scope="corpus")
     dataset = ShardDataset(full_cache, np.arange(full_cache.manifest.corpus.sequences))
-    threshold = corpus_threshold(full_cache, dataset.sequence_ids, 0.5)
+    threshold = corpus_threshold([(full_cache, dataset.sequence_ids)], 0.5)
     collator = Collator(objective, VOCABULARY, threshold)
     alone = torch.cat([collator([dataset[i]])["is_hard"] for i in range(len(dataset))])
     together = collator([dataset[i] for i in range(len(dataset))])["is_hard"]
