@@ -7,7 +7,6 @@ run that goes on in the middle of an epoch passes over batches without reading t
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class EpochBatches(Sampler[list[int]]):
         wanted = len(self._made(0))
         if plan.batching == "packed":
             # Other orders pack a little better or worse.
-            wanted = math.ceil(1.01 * wanted)
+            wanted += wanted // 50
         # One more would have to be empty where every batch holds one sequence; then fewer than `devices` are left out.
         self._count = min(-(-wanted // plan.devices), len(mixture) // plan.devices) * plan.devices
 

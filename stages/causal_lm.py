@@ -25,7 +25,14 @@ class _HandThrough(nn.Module):
     def forward(self, *args: Any, inputs_embeds: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        class States(BaseModelOutputWithPast):
+            """What else a head looks for in its body's output (cross-attentions, router logits) is not there."""
+
+            def __getattr__(self, name: str) -> None:
+                if name[:1] == "_":
+                    raise AttributeError(name)
+
+        return States(last_hidden_state=inputs_embeds)
 
 
 class BodyAndHead:
