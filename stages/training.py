@@ -194,7 +194,7 @@ class DistillationTrainer(Trainer):
 
     def _loader(self, dataset: Dataset, collate: Any, **options: Any) -> DataLoader:
         workers = self.args.dataloader_num_workers
-        return DataLoader(
+        return _EpochLoader(
             dataset,
             collate_fn=collate,
             num_workers=workers,
@@ -262,6 +262,14 @@ class DistillationTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
         self.evaluation_seconds += time.monotonic() - started
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
+
+
+class _EpochLoader(DataLoader):
+    """Hands on the epoch that Trainer sets. Where it skips batches, it finds the batch sampler by itself."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.batch_sampler, EpochBatches):
+            self.batch_sampler.set_epoch(epoch)
 
 
 def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -259,7 +260,9 @@ def command(**given: Any) -> None:
         from pipeline.training_progress import TrainingProgress
 
         report = train(prepared, [TrainingProgress(prepared.train_tokens)])
-    summary("student", _rows(prepared.options.output, report))
+    # Of several processes that train together, one says how it went.
+    if os.environ.get("RANK", "0") == "0":
+        summary("student", _rows(prepared.options.output, report))
 
 
 def _weights(text: str | None) -> tuple[float, ...]:

@@ -38,9 +38,7 @@ def options(tiny: Tiny, caches: list[Path], output: Path, **more: Any) -> Studen
     return StudentOptions(str(tiny.student), [str(c) for c in caches], str(output), trainer=trainer, **more)
 
 
-def test_batches_hold_the_share_of_each_cache(
-    tiny: Tiny, cache_path: Path, other_path: Path, tmp_path: Path
-) -> None:
+def test_batches_hold_the_share_of_each_cache(tiny: Tiny, cache_path: Path, other_path: Path, tmp_path: Path) -> None:
     prepared = prepare(options(tiny, [cache_path, other_path], tmp_path / "out", mix=(1, 3)))
     total = sum(len(part.train_ids) for part in prepared.parts)
     batches = list(make_trainer(prepared).get_train_dataloader())

@@ -115,7 +115,13 @@ def test_five_steps_of_a_cached_and_of_an_online_student(
         trainer["per_device_train_batch_size"] = 3
     objective = Objective("atkd", ce_weight=0.1)
     given = StudentOptions(
-        str(tiny.student), str(full_cache.path), str(tmp_path / "out"), objective, eval_share=0, trainer=trainer, **sizes
+        str(tiny.student),
+        str(full_cache.path),
+        str(tmp_path / "out"),
+        objective,
+        eval_share=0,
+        trainer=trainer,
+        **sizes,
     )
     offline = make_trainer(prepare(given))
     after: list[dict[str, torch.Tensor]] = []
@@ -138,7 +144,9 @@ def test_five_steps_of_a_cached_and_of_an_online_student(
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-3, eps=1e-5
     )
-    corpus = [row for rows in full_cache.column("input_ids") for row in map(rows["input_ids"].__getitem__, range(len(rows)))]
+    corpus = [
+        row for rows in full_cache.column("input_ids") for row in map(rows["input_ids"].__getitem__, range(len(rows)))
+    ]
     for step, batch in enumerate(drawn[:5]):
         online_loss(teacher, student, [SimpleNamespace(input_ids=corpus[i]) for i in batch], objective).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
