@@ -45,7 +45,7 @@ class EpochBatches(Sampler[list[int]]):
     """The batches of one device, epoch by epoch, as lists of indices into the mixture.
 
     lengths: int `[len(mixture)]`, token ids of each sequence; not needed for `padded`. Every epoch has the same number
-    of batches, which Trainer counts on. Where packing one needs fewer, the fullest are cut in two; where it needs more,
+    of batches, which Trainer counts on. Where packing one needs fewer, some are cut in two; where it needs more,
     the first epoch's batches come again in another order. Raises UserError for fewer sequences than devices.
     """
 
@@ -140,11 +140,11 @@ def _cut(order: np.ndarray, sequences: int) -> list[list[int]]:
 
 
 def _levelled(batches: list[list[int]], count: int) -> list[list[int]]:
-    """Exactly `count` batches: the last ones left out, or the ones of most sequences cut in two."""
+    """Exactly `count` batches: the last ones left out, or the last of those with most sequences cut in two."""
     batches = batches[:count]
     while len(batches) < count:
         sizes = [len(batch) for batch in batches]
-        at = sizes.index(max(sizes))
+        at = len(sizes) - 1 - sizes[::-1].index(max(sizes))
         half = sizes[at] // 2
         batches[at : at + 1] = [batches[at][:half], batches[at][half:]]
     return batches

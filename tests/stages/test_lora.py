@@ -67,6 +67,7 @@ def test_gradients_equal_those_of_the_full_logits(
     trainer = make_trainer(prepared)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
     loss = trainer.training_step(trainer.model, dict(batch))
     assert loss > 0
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
