@@ -125,7 +125,7 @@ def test_two_devices_share_every_epoch_and_resume(batching: str, tiny: Tiny, cac
         assert len(parts[0] | parts[1]) == sequences
     assert sorted(drawn[0] + drawn[1]) == sorted(s for entry in one for s in entry["sequences"])
     if batching == "padded":
-        # Two devices with one micro-batch each step as one device with two, but for the last, which is cut to be shared.
+        # Two devices with one micro-batch each step as one device with two; only the last is cut to be shared.
         for step in range(epochs - 2):
             ours = sorted(entry["sequences"] for entry in one if entry["step"] == step)
             assert ours == sorted(entry["sequences"] for device in two for entry in device if entry["step"] == step)
