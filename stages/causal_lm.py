@@ -25,7 +25,14 @@ class _HandThrough(nn.Module):
     def forward(self, *args: Any, inputs_embeds: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        class States(BaseModelOutputWithPast):
+            """What else a head looks for in its body's output (cross-attentions, router logits) is not there."""
+
+            def __getattr__(self, name: str) -> None:
+                if name[:1] == "_":
+                    raise AttributeError(name)
+
+        return States(last_hidden_state=inputs_embeds)
 
 
 class BodyAndHead:
@@ -66,9 +73,12 @@ class BodyAndHead:
         found = [*self._head._parameters.values(), *(p for module in modules for p in module.parameters())]
         return [parameter for parameter in found if parameter is not None]
 
-    def body(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[B, L, H]`. Right padding needs no mask: attention is causal."""
-        return self._body(input_ids=input_ids, use_cache=False).last_hidden_state
+    def body(self, input_ids: torch.Tensor, **packing: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[B, L, H]`. Right padding needs no mask: attention is causal.
+
+        packing: `position_ids` where the row holds several sequences (packing.py).
+        """
+        return self._body(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of hidden states `[R, H]`."""

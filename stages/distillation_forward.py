@@ -23,8 +23,9 @@ FromHidden = Callable[[torch.Tensor, Head, list[nn.Parameter]], Any]
 def install_distillation(model: Any) -> int:
     """Let `model(distillation=f, input_ids=[B, L], rows=[R])` return f of the hidden states; returns V.
 
-    rows: int64, indices into the flattened `[B * L]`. Right padding needs no mask: attention is causal. A model that
-    cannot be cut into body and head hands its full logits over as hidden states, with a head that does nothing.
+    rows: int64, indices into the flattened `[B * L]`. Right padding needs no mask: attention is causal; packed
+    sequences come with `position_ids` `[1, T]` (packing.py). A model that cannot be cut into body and head hands its
+    full logits over as hidden states, with a head that does nothing.
     """
     own_forward = model.forward
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -38,13 +39,12 @@ def install_distillation(model: Any) -> int:
     def forward(*args: Any, distillation: FromHidden | None = None, **kwargs: Any) -> Any:
         if distillation is None:
             return own_forward(*args, **kwargs)
-        input_ids, rows = kwargs["input_ids"], kwargs["rows"]
+        rows = kwargs.pop("rows")
         if parts is None:
-            logits = own_forward(input_ids=input_ids, use_cache=False).logits
+            logits = own_forward(**kwargs, use_cache=False).logits
             return distillation(logits.flatten(0, 1)[rows], _identity, [])
-        return distillation(
-            parts.body(input_ids).flatten(0, 1)[rows], parts.linear_head or parts.head, parts.head_parameters
-        )
+        hidden = parts.body(**kwargs).flatten(0, 1)[rows]
+        return distillation(hidden, parts.linear_head or parts.head, parts.head_parameters)
 
     model.forward = forward
     return vocabulary

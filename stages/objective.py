@@ -14,7 +14,8 @@ The coefficients need the teacher alone, so they are known before the student's 
 
 Normalisation. `group`: the mean over the tokens of the micro-batch, for atkd over each group's own tokens (what the
 paper's released code does; an empty group contributes 0). `token`: the sum over all tokens divided by the number of
-tokens of the whole optimiser step.
+tokens of the whole optimiser step. With the rank scope `global-batch` both are over the whole step, over all its
+micro-batches and devices: tokens that are ranked together are averaged together.
 """
 
 from __future__ import annotations

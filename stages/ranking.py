@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-RankScope = Literal["micro-batch", "sequence", "corpus"]
+RankScope = Literal["micro-batch", "global-batch", "sequence", "corpus"]
 RANK_SCOPES: tuple[str, ...] = get_args(RankScope)
 
 

@@ -1,31 +1,33 @@
-"""Shards as training batches: random access to stored sequences, their shuffle, and the collator.
+"""Shards as training examples: random access to stored sequences, and the collator that makes them a batch.
 
-A shard is decoded once into flat arrays and kept while its sequences are wanted. The shuffle therefore runs over a
-few shards at a time: shards in random order, then the sequences of each window of shards in random order. It depends
-on seed and epoch alone, so a resumed run sees the same batches.
+A shard is decoded once into flat arrays, its stored positions picked out of them at once, and kept while its sequences
+are wanted (`mixing.py` draws them in an order that wants few shards at a time). A sequence is then a handful of views,
+and a batch is a handful of concatenations: no Python object per token.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from stages import ranking
 from stages.divergence import TeacherRows
 from stages.objective import Objective
 from storage.cache import Cache
-from storage.errors import CacheError
-from storage.rows import Rows
+from storage.errors import CacheError, UserError
+from storage.rows import Ragged, Rows
 from storage.schema import column_temperature
 from storage.shard import value_problems
 
-# Shards decoded at a time, and the width of the shuffle's window.
+# Shards among which sequences are shuffled; a few more stay decoded, since a packed batch may reach back.
 WINDOW = 4
+KEPT = WINDOW + 2
 
 COLUMNS = (
     "sequence_id",
@@ -44,11 +46,12 @@ class StoredSequence:
     """One row of a shard: L ids, P stored positions (those with a loss), E entries.
 
     positions: int64 `[P]`, index of each stored position in the sequence; the rest `[P]`, entries `[E]`, samples
-    `[P * M]` where they were read.
+    `[P * M]` where they were read. source: which cache of the run it comes from.
     """
 
     input_ids: np.ndarray
     positions: np.ndarray
+    gold: np.ndarray
     gold_logprob: np.ndarray
     tail_logmass: np.ndarray
     top_count: np.ndarray
@@ -56,53 +59,65 @@ class StoredSequence:
     top_logprobs: np.ndarray
     tail_samples: np.ndarray | None = None
     tail_logmass_at: np.ndarray | None = None
-
-    @property
-    def gold(self) -> np.ndarray:
-        """Position t predicts the id at t + 1."""
-        return self.input_ids[self.positions + 1]
+    source: int = 0
 
 
-def stored_sequence(rows: Rows, row: int) -> StoredSequence:
-    mask = rows["loss_mask"][row]
-    at = next((name for name in rows.lists if column_temperature(name) is not None), None)
-    return StoredSequence(
-        input_ids=rows["input_ids"][row],
-        positions=np.flatnonzero(mask),
-        gold_logprob=rows["gold_logprob"][row][mask],
-        tail_logmass=rows["tail_logmass"][row][mask],
-        top_count=rows["top_count"][row][mask].astype(np.int64),
-        top_ids=rows["top_ids"][row],
-        top_logprobs=rows["top_logprobs"][row],
-        tail_samples=rows["tail_samples"][row] if "tail_samples" in rows.lists else None,
-        tail_logmass_at=None if at is None else rows[at][row][mask],
-    )
+class DecodedShard:
+    """A shard with only its stored positions left, by sequence."""
+
+    def __init__(self, rows: Rows) -> None:
+        mask, ids = rows["loss_mask"], rows["input_ids"]
+        stored = np.flatnonzero(mask.values)
+        before = np.concatenate([[0], np.cumsum(mask.values)])[mask.offsets]
+        row_of = np.repeat(np.arange(len(rows)), np.diff(before))
+
+        def picked(name: str) -> Ragged:
+            return Ragged(rows[name].values[stored], before)
+
+        self._lists = {
+            "input_ids": ids,
+            "positions": Ragged(stored - mask.offsets[row_of], before),
+            # A sequence has one id more than positions; position t predicts the id at t + 1.
+            "gold": Ragged(ids.values[stored + row_of + 1], before),
+            **{name: picked(name) for name in ("gold_logprob", "tail_logmass", "top_count")},
+            **{name: rows[name] for name in ("top_ids", "top_logprobs", "tail_samples") if name in rows.lists},
+        }
+        if at := next((name for name in rows.lists if column_temperature(name) is not None), None):
+            self._lists["tail_logmass_at"] = picked(at)
+
+    def sequence(self, row: int, source: int) -> StoredSequence:
+        return StoredSequence(source=source, **{name: ragged[row] for name, ragged in self._lists.items()})
 
 
 class ShardDataset(Dataset):
     """The sequences `sequence_ids` (int64, ascending) of a cache, by random access.
 
-    extra: optional columns to read too, `tail_samples` or one `tail_logmass_T...`. Every shard's values are checked
-    when it is first decoded; raises CacheError for one that is not what it says.
+    extra: optional columns to read too, `tail_samples` or one `tail_logmass_T...`. source: the cache's number in the
+    run. Every shard's values are checked when it is first decoded; raises CacheError for one that is not what it says.
     """
 
-    def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, extra: Sequence[str] = ()) -> None:
+    def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, extra: Sequence[str] = (), source: int = 0) -> None:
         self.cache = cache
+        self.source = source
         self._columns = (*COLUMNS, *extra)
         self.sequence_ids = sequence_ids
         firsts = np.array([shard.first for shard in cache.manifest.shards], np.int64)
         self.shard_of = np.searchsorted(firsts, sequence_ids, side="right") - 1
         self._row_of = sequence_ids - firsts[self.shard_of]
-        self._decoded: OrderedDict[int, Rows] = OrderedDict()
+        self._decoded: OrderedDict[int, DecodedShard] = OrderedDict()
         self._checked: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.sequence_ids)
 
     def __getitem__(self, index: int) -> StoredSequence:
-        return stored_sequence(self._rows(int(self.shard_of[index])), int(self._row_of[index]))
+        return self._shard(int(self.shard_of[index])).sequence(int(self._row_of[index]), self.source)
 
-    def _rows(self, shard: int) -> Rows:
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned decodes for itself.
+        return {**self.__dict__, "_decoded": OrderedDict()}
+
+    def _shard(self, shard: int) -> DecodedShard:
         if shard in self._decoded:
             self._decoded.move_to_end(shard)
             return self._decoded[shard]
@@ -111,10 +126,15 @@ class ShardDataset(Dataset):
             for problem in value_problems(rows, self.cache.manifest):
                 raise CacheError(f"{self.cache.shard_path(shard)}: {problem}")
             self._checked.add(shard)
-        self._decoded[shard] = rows
-        while len(self._decoded) > WINDOW:
+        self._decoded[shard] = DecodedShard(rows)
+        while len(self._decoded) > KEPT:
             self._decoded.popitem(last=False)
-        return rows
+        return self._decoded[shard]
+
+
+def sequence_lengths(cache: Cache) -> np.ndarray:
+    """int64 `[S]`: token ids of every sequence of a cache, from the offsets of its smallest column."""
+    return np.concatenate([rows["loss_mask"].lengths + 1 for rows in cache.column("loss_mask")])
 
 
 def split_held_out(cache: Cache, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -134,71 +154,53 @@ def split_held_out(cache: Cache, share: float, seed: int = 0) -> tuple[np.ndarra
     return np.sort(order[held:]).astype(np.int64), np.sort(order[:held]).astype(np.int64)
 
 
-class WindowShuffle(Sampler[int]):
-    """Indices of a ShardDataset: shards shuffled, then sequences shuffled within each window of shards."""
-
-    def __init__(self, dataset: ShardDataset, seed: int, window: int = WINDOW) -> None:
-        self._shard_of = dataset.shard_of
-        self._seed = seed
-        self._window = window
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._shard_of)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self._seed, self._epoch])
-        shards = generator.permutation(np.unique(self._shard_of))
-        for start in range(0, len(shards), self._window):
-            inside = np.flatnonzero(np.isin(self._shard_of, shards[start : start + self._window]))
-            yield from generator.permutation(inside).tolist()
-
-
 @dataclass(frozen=True)
 class Collator:
     """Sequences -> one batch of tensors.
 
     objective: decides rank scope and hard ratio. vocabulary_size: the student's; entries beyond it join the tail,
     since no student id stands for them. corpus_threshold: log p(gold) at or below which a token is hard, for the
-    rank scope `corpus`.
+    rank scope `corpus`. packed: one row that holds all sequences, told apart by positions that start anew.
 
-    The batch: `input_ids` int64 `[B, L]`, right-padded with 0; `rows` int64 `[R]`, index of each stored position in
-    the flattened `[B * L]`; `sequence_of` int64 `[R]`; `is_hard` bool `[R]`; and the fields of TeacherRows.
+    The batch: `input_ids` int64 `[B, L]`, right-padded with 0, or packed `[1, T]` with `position_ids` int64 `[1, T]`;
+    `rows` int64 `[R]`, index of each stored position in the flattened input; `sequence_of` int64 `[R]`; `source`
+    int64 `[sequences]`, the cache each sequence comes from; `is_hard` bool `[R]`; and the fields of TeacherRows, in
+    the dtypes of the shard. With the rank scope `global-batch`, `is_hard` is right where the batch is the whole
+    step, and whoever accumulates or has several devices ranks again (`DistillationTrainer.get_batch_samples`).
     """
 
     objective: Objective
     vocabulary_size: int
     corpus_threshold: float | None = None
+    packed: bool = False
 
-    def __call__(self, sequences: Sequence[StoredSequence]) -> dict[str, torch.Tensor]:
-        width = max(len(s.input_ids) for s in sequences)
-        input_ids = np.zeros((len(sequences), width), np.int64)
-        for row, sequence in enumerate(sequences):
-            input_ids[row, : len(sequence.input_ids)] = sequence.input_ids
-        counts = [len(s.positions) for s in sequences]
+    def __call__(self, sequences: Sequence[StoredSequence] | UserError) -> dict[str, torch.Tensor] | UserError:
+        # What a worker could not read, on its way to the process that reports it.
+        return sequences if isinstance(sequences, UserError) else self.batch(sequences)
+
+    def batch(self, sequences: Sequence[StoredSequence]) -> dict[str, torch.Tensor]:
+        counts = np.array([len(s.positions) for s in sequences])
+        batch, starts = self._inputs(sequences)
         gold_logprob = np.concatenate([s.gold_logprob for s in sequences])
         tail_logmass = np.concatenate([s.tail_logmass for s in sequences])
         tail_at = None
         if sequences[0].tail_logmass_at is not None:
             tail_at = np.concatenate([s.tail_logmass_at for s in sequences if s.tail_logmass_at is not None])
-        top_ids, top_logprobs = self._padded_entries(sequences)
+        top_ids, top_logprobs = _padded_entries(sequences)
         if (beyond := top_ids >= self.vocabulary_size).any():
-            lost = np.where(beyond, top_logprobs, -np.inf)
+            lost = np.where(beyond, top_logprobs, -np.inf).astype(np.float32)
             tail_logmass = np.logaddexp(tail_logmass, np.logaddexp.reduce(lost, axis=1)).astype(np.float32)
             if tail_at is not None:
                 lost /= self.objective.temperature
                 tail_at = np.logaddexp(tail_at, np.logaddexp.reduce(lost, axis=1)).astype(np.float32)
-            top_logprobs = np.where(beyond, np.float32(-np.inf), top_logprobs)
-            top_ids = np.where(beyond, 0, top_ids)
-        batch = {
-            "input_ids": input_ids,
-            "rows": np.concatenate([s.positions + row * width for row, s in enumerate(sequences)]),
+            top_logprobs[beyond] = -np.inf
+            top_ids[beyond] = 0
+        batch |= {
+            "rows": np.concatenate([s.positions for s in sequences]) + np.repeat(starts, counts),
             "sequence_of": np.repeat(np.arange(len(sequences)), counts),
+            "source": np.array([s.source for s in sequences]),
             "is_hard": self._is_hard(gold_logprob, counts),
-            "gold": np.concatenate([s.gold for s in sequences]).astype(np.int64),
+            "gold": np.concatenate([s.gold for s in sequences]),
             "gold_logprob": gold_logprob,
             "tail_logmass": tail_logmass,
             "top_ids": top_ids,
@@ -208,27 +210,24 @@ class Collator:
             batch["tail_logmass_at"] = tail_at
         if sequences[0].tail_samples is not None:
             samples = np.concatenate([s.tail_samples for s in sequences if s.tail_samples is not None])
-            batch["tail_samples"] = samples.reshape(len(gold_logprob), -1).astype(np.int64)
+            batch["tail_samples"] = samples.reshape(len(gold_logprob), -1)
             # Like the entries: what the student has no id for is not drawn.
             batch["tail_samples"][batch["tail_samples"] >= self.vocabulary_size] = -1
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
 
-    def _padded_entries(self, sequences: Sequence[StoredSequence]) -> tuple[np.ndarray, np.ndarray]:
-        """Entries as `[R, N]`, N the widest of the batch, padded with id 0 and -inf."""
-        count = np.concatenate([s.top_count for s in sequences])
-        ids = np.concatenate([s.top_ids for s in sequences])
-        logprobs = np.concatenate([s.top_logprobs for s in sequences]).astype(np.float32)
-        width = int(count.max(initial=1))
-        if (count == width).all():
-            return ids.reshape(-1, width).astype(np.int64), logprobs.reshape(-1, width)
-        present = np.arange(width) < count[:, None]
-        padded_ids = np.zeros(present.shape, np.int64)
-        padded_logprobs = np.full(present.shape, -np.inf, np.float32)
-        padded_ids[present] = ids
-        padded_logprobs[present] = logprobs
-        return padded_ids, padded_logprobs
+    def _inputs(self, sequences: Sequence[StoredSequence]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """What the body reads, and where each sequence starts in it, flattened."""
+        lengths = np.array([len(s.input_ids) for s in sequences])
+        ids = np.concatenate([s.input_ids for s in sequences])
+        if self.packed:
+            starts = np.cumsum(lengths) - lengths
+            positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+            return {"input_ids": ids[None].astype(np.int64), "position_ids": positions[None]}, starts
+        padded = np.zeros((len(sequences), lengths.max()), np.int64)
+        padded[np.arange(padded.shape[1]) < lengths[:, None]] = ids
+        return {"input_ids": padded}, np.arange(len(sequences)) * padded.shape[1]
 
-    def _is_hard(self, gold_logprob: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    def _is_hard(self, gold_logprob: np.ndarray, counts: np.ndarray) -> np.ndarray:
         scope, ratio = self.objective.rank_scope, self.objective.hard_ratio
         if scope == "corpus":
             if self.corpus_threshold is None:
@@ -239,24 +238,46 @@ class Collator:
         return ranking.is_hard(gold_logprob, ratio)
 
 
+def _padded_entries(sequences: Sequence[StoredSequence]) -> tuple[np.ndarray, np.ndarray]:
+    """Entries as `[R, N]`, N the widest of the batch, padded with id 0 and -inf; arrays of their own."""
+    count = np.concatenate([s.top_count for s in sequences])
+    ids = np.concatenate([s.top_ids for s in sequences])
+    logprobs = np.concatenate([s.top_logprobs for s in sequences])
+    width = int(count.max(initial=1))
+    if (count == width).all():
+        return ids.reshape(-1, width), logprobs.reshape(-1, width)
+    present = np.arange(width) < count[:, None]
+    padded_ids = np.zeros(present.shape, ids.dtype)
+    padded_logprobs = np.full(present.shape, -np.inf, logprobs.dtype)
+    padded_ids[present] = ids
+    padded_logprobs[present] = logprobs
+    return padded_ids, padded_logprobs
+
+
 def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
+    """A batch's rows in the dtypes of the arithmetic; widened here, on the device, and not on the way to it."""
+    samples = batch.get("tail_samples")
     return TeacherRows(
-        batch["gold"],
+        batch["gold"].long(),
         batch["gold_logprob"],
         batch["tail_logmass"],
-        batch["top_ids"],
-        batch["top_logprobs"],
-        batch.get("tail_samples"),
+        batch["top_ids"].long(),
+        batch["top_logprobs"].float(),
+        None if samples is None else samples.long(),
     )
 
 
-def corpus_threshold(cache: Cache, sequence_ids: np.ndarray, hard_ratio: float) -> float:
-    """The threshold of the rank scope `corpus`: over the stored positions of these sequences, all at once."""
-    wanted = np.zeros(cache.manifest.corpus.sequences, bool)
-    wanted[sequence_ids] = True
+def corpus_threshold(parts: Iterable[tuple[Cache, np.ndarray]], hard_ratio: float) -> float:
+    """The threshold of the rank scope `corpus`: over the stored positions of these sequences, all at once.
+
+    parts: caches, each with the ids of its sequences that count.
+    """
     gold: list[np.ndarray] = []
-    for rows in cache.column("sequence_id", "loss_mask", "gold_logprob"):
-        mask = rows["loss_mask"]
-        keep = mask.values & np.repeat(wanted[rows.sequence_id], mask.lengths)
-        gold.append(rows["gold_logprob"].values[keep])
+    for cache, sequence_ids in parts:
+        wanted = np.zeros(cache.manifest.corpus.sequences, bool)
+        wanted[sequence_ids] = True
+        for rows in cache.column("sequence_id", "loss_mask", "gold_logprob"):
+            mask = rows["loss_mask"]
+            keep = mask.values & np.repeat(wanted[rows.sequence_id], mask.lengths)
+            gold.append(rows["gold_logprob"].values[keep])
     return ranking.hard_threshold(np.concatenate(gold), hard_ratio)

@@ -7,6 +7,7 @@ or says that all is done; another command is refused.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import logging
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from storage.files import remove_temporaries, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
-    from stages.shard_dataset import ShardDataset
+    from stages.batching import BatchPlan
     from stages.tail import Tail
     from stages.training import DistillationTrainer
 
@@ -32,46 +33,92 @@ RUN = "run.json"
 METRICS = "metrics.json"
 
 # What is ours to set, or would undo what the objective relies on.
-_RESERVED = ("output_dir", "remove_unused_columns", "label_names", "label_smoothing_factor", "use_liger_kernel")
+_RESERVED = (
+    "output_dir",
+    "remove_unused_columns",
+    "label_names",
+    "label_smoothing_factor",
+    "use_liger_kernel",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "accelerator_config",
+    "auto_find_batch_size",
+)
+# Ids of a packed batch where neither the user nor the longest sequence asks for more.
+PACKED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class StudentOptions:
     """student: a directory or hub name; with `init_from_config`, only its configuration is used.
 
-    eval_share: share of the sequences held out, 0..1. trainer: fields of `transformers.TrainingArguments`.
+    shards: the cache, or several of one teacher. mix: their weights, by sequences drawn; by their sizes when empty.
+    batching: `padded`, `length-grouped` or `packed`; batch_tokens: of a packed batch, at most. eval_share: share of
+    each cache's sequences held out, 0..1. lora_rank: of LoRA adapters, which then are all that is trained; lora_alpha:
+    their scale, twice the rank when None; lora_target: the modules that get one, by name, or `all-linear`. trainer:
+    fields of `transformers.TrainingArguments`.
     """
 
     student: str
-    shards: str
+    shards: str | Sequence[str]
     output: str
     objective: Objective = field(default_factory=Objective)
+    mix: tuple[float, ...] = ()
+    batching: str = "padded"
+    batch_tokens: int | None = None
     init_from_config: bool = False
     eval_share: float = 0.05
     seed: int = 42
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_target: tuple[str, ...] = ("all-linear",)
     trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A cache and its split. train_ids, eval_ids: int64, ascending."""
+
+    cache: Cache
+    train_ids: np.ndarray
+    eval_ids: np.ndarray
 
 
 @dataclass
 class Prepared:
-    """A run that is checked and ready: everything that can be refused has been."""
+    """A run that is checked and ready: everything that can be refused has been.
+
+    lengths: int64, token ids of each training sequence, cache after cache, where the batches depend on them.
+    """
 
     options: StudentOptions
-    cache: Cache
+    parts: list[Part]
     arguments: Any  # transformers.TrainingArguments
-    train_ids: np.ndarray
-    eval_ids: np.ndarray
+    plan: BatchPlan
+    lengths: np.ndarray | None
     checkpoint: str | None
     finished: dict[str, Any] | None
 
     @property
+    def cache(self) -> Cache:
+        """The first one, which stands for all in whatever they must have in common."""
+        return self.parts[0].cache
+
+    @property
     def train_tokens(self) -> int:
-        """Tokens of one epoch, estimated from the share that is trained on."""
-        total = self.cache.manifest.corpus
-        return round(total.tokens * len(self.train_ids) / total.sequences)
+        """Tokens of one epoch, estimated from each cache's mean length and its share of the epoch."""
+        from stages.mixing import shares
+
+        drawn = shares([len(part.train_ids) for part in self.parts], self.options.mix or None)
+        corpora = [part.cache.manifest.corpus for part in self.parts]
+        return round(sum(n * c.tokens / c.sequences for n, c in zip(drawn.tolist(), corpora, strict=True)))
+
+    @property
+    def held_out(self) -> int:
+        return sum(len(part.eval_ids) for part in self.parts)
 
 
 def prepare(options: StudentOptions) -> Prepared:
@@ -82,25 +129,56 @@ def prepare(options: StudentOptions) -> Prepared:
     from stages.compatibility import cache_tokenizer, check_head, check_tokenizer
     from stages.pretrained import load_config, load_tokenizer
     from stages.shard_dataset import split_held_out
+    from stages.together import check_together
 
     arguments = training_arguments(options)
-    cache = Cache.open(options.shards)
-    for index in range(len(cache.receipts())):
-        cache.check_file(index)
+    caches = [Cache.open(path) for path in ([options.shards] if isinstance(options.shards, str) else options.shards)]
+    if len(options.mix) not in (0, len(caches)) or any(weight <= 0 for weight in options.mix):
+        raise UserError(f"--mix wants one weight above 0 for each of the {len(caches)} --shards, in their order")
+    check_together(caches)
+    for cache in caches:
+        for index in range(len(cache.receipts())):
+            cache.check_file(index)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.student, **source)
     if options.init_from_config:
-        cache_tokenizer(cache)
+        cache_tokenizer(caches[0])
     else:
-        check_tokenizer(cache, load_tokenizer(options.student, **source), options.student)
-    check_head(cache, config.get_text_config().vocab_size, options.student)
+        check_tokenizer(caches[0], load_tokenizer(options.student, **source), options.student)
+    check_head(caches[0], config.get_text_config().vocab_size, options.student)
     if problem := options.objective.problem():
         raise UserError(problem)
-    make_tail(options.objective, cache)
-    extra_columns(options.objective, cache)
-    train_ids, eval_ids = split_held_out(cache, options.eval_share)
-    checkpoint, finished = _previous_run(options, cache)
-    return Prepared(options, cache, arguments, train_ids, eval_ids, checkpoint, finished)
+    if options.lora_rank is not None and importlib.util.find_spec("peft") is None:
+        raise UserError("--lora-rank needs peft: pip install 'teacher-logit-cache[lora]'")
+    make_tail(options.objective, caches)
+    for cache in caches:
+        extra_columns(options.objective, cache)
+    parts = [Part(cache, *split_held_out(cache, options.eval_share)) for cache in caches]
+    checkpoint, finished = _previous_run(options, caches)
+    plan, lengths = _batch_plan(options, parts)
+    return Prepared(options, parts, arguments, plan, lengths, checkpoint, finished)
+
+
+def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPlan, np.ndarray | None]:
+    """How batches are made, and the lengths that takes."""
+    from stages.batching import BatchPlan
+    from stages.shard_dataset import sequence_lengths
+
+    packed = options.batching == "packed"
+    if options.batch_tokens is not None and not packed:
+        raise UserError("--batch-tokens is the size of packed batches; add --batching packed or give --batch-size")
+    if packed and "per_device_train_batch_size" in options.trainer:
+        raise UserError("--batch-size counts the sequences of padded batches; for packed ones give --batch-tokens")
+    if options.batching == "padded":
+        return BatchPlan(), None
+    lengths = np.concatenate([sequence_lengths(part.cache)[part.train_ids] for part in parts])
+    longest = int(lengths.max())
+    if options.batch_tokens is not None and options.batch_tokens < longest:
+        raise UserError(
+            f"--batch-tokens {options.batch_tokens}: the longest sequence has {longest} tokens; give at least as many"
+        )
+    tokens = options.batch_tokens or max(PACKED_TOKENS, longest)
+    return BatchPlan(options.batching, tokens=tokens), lengths  # type: ignore[arg-type]
 
 
 def extra_columns(objective: Objective, cache: Cache) -> list[str]:
@@ -120,23 +198,38 @@ def extra_columns(objective: Objective, cache: Cache) -> list[str]:
     return columns
 
 
-def make_tail(objective: Objective, cache: Cache) -> Tail:
-    """The objective's tail mode with what the cache holds for it. Raises CacheError where it holds nothing."""
+def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
+    """The objective's tail mode with what the caches hold for it. Raises CacheError where one holds nothing."""
     import torch
 
     from stages.tail import Tail, log_prior
 
-    if objective.tail == "sampled" and not cache.manifest.scoring.tail_samples:
-        raise CacheError(f"{cache.path}: --tail sampled needs tail samples; this cache was made without --tail-samples")
+    if objective.tail == "sampled":
+        counts = [cache.manifest.scoring.tail_samples for cache in caches]
+        for cache, count in zip(caches, counts, strict=True):
+            if not count:
+                raise CacheError(
+                    f"{cache.path}: --tail sampled needs tail samples; this cache was made without --tail-samples"
+                )
+            if count != counts[0]:
+                raise CacheError(
+                    f"{cache.path}: holds {count} tail samples per position, {caches[0].path} holds {counts[0]}; "
+                    "--tail sampled needs the same number in all"
+                )
     if objective.tail != "prior":
         return Tail(objective.tail)
-    prior = cache.tail_prior()
-    if prior is None:
-        raise CacheError(
-            f"{cache.path}: --tail prior needs the mean tail distribution, which the engine "
-            f"{cache.manifest.scoring.engine} did not give; choose --tail bucket"
-        )
-    return Tail("prior", objective.tail_gamma, log_prior(torch.from_numpy(prior.copy())))
+    total, positions = np.zeros(caches[0].manifest.vocabulary_size), 0
+    for cache in caches:
+        prior = cache.tail_prior()
+        if prior is None:
+            raise CacheError(
+                f"{cache.path}: --tail prior needs the mean tail distribution, which the engine "
+                f"{cache.manifest.scoring.engine} did not give; choose --tail bucket"
+            )
+        stored = sum(receipt.stored_positions for receipt in cache.receipts())
+        total, positions = total + stored * prior, positions + stored
+    mean = (total / max(1, positions)).astype(np.float32)
+    return Tail("prior", objective.tail_gamma, log_prior(torch.from_numpy(mean)))
 
 
 def training_arguments(options: StudentOptions) -> Any:
@@ -154,6 +247,10 @@ def training_arguments(options: StudentOptions) -> Any:
     import torch
 
     defaults: dict[str, Any] = {
+        # One process reads ahead while the student computes.
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "dataloader_prefetch_factor": 4,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "eval_strategy": "epoch" if options.eval_share > 0 else "no",
         "logging_steps": 10,
@@ -163,8 +260,10 @@ def training_arguments(options: StudentOptions) -> Any:
     }
     if "eval_steps" in options.trainer and options.eval_share > 0:
         defaults["eval_strategy"] = "steps"
+    if options.trainer.get("dataloader_num_workers") == 0:
+        defaults |= {"dataloader_persistent_workers": False, "dataloader_prefetch_factor": None}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **{**defaults, **options.trainer},
             output_dir=options.output,
             remove_unused_columns=False,
@@ -173,9 +272,13 @@ def training_arguments(options: StudentOptions) -> Any:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"--trainer: {' '.join(str(error).split())[:300]}") from None
+    if arguments.n_gpu > 1:
+        # Several GPUs are one process each (torchrun); Trainer would copy the model to all of them in threads.
+        arguments._n_gpu = 1
+    return arguments
 
 
-def run_identity(options: StudentOptions, cache: Cache) -> dict[str, Any]:
+def run_identity(options: StudentOptions, caches: Sequence[Cache]) -> dict[str, Any]:
     """What must agree for a run to be the same run."""
     path = Path(options.student)
     name = str(path.resolve()) if path.exists() else options.student
@@ -183,17 +286,21 @@ def run_identity(options: StudentOptions, cache: Cache) -> dict[str, Any]:
         "student": name,
         "revision": options.revision,
         "init_from_config": options.init_from_config,
-        "cache_id": cache.manifest.cache_id,
+        "caches": [cache.manifest.cache_id for cache in caches],
+        "mix": options.mix,
+        "batching": options.batching,
+        "batch_tokens": options.batch_tokens,
         "objective": asdict(options.objective),
         "eval_share": options.eval_share,
         "seed": options.seed,
         "dtype": options.dtype,
+        "lora": [options.lora_rank, options.lora_alpha, options.lora_target] if options.lora_rank else None,
         "trainer": options.trainer,
     }
     return json.loads(json.dumps(identity, default=str))
 
 
-def _previous_run(options: StudentOptions, cache: Cache) -> tuple[str | None, dict[str, Any] | None]:
+def _previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str | None, dict[str, Any] | None]:
     """The checkpoint to go on from, or the metrics of a run that is already done."""
     output = Path(options.output)
     if output.exists() and not output.is_dir():
@@ -203,7 +310,7 @@ def _previous_run(options: StudentOptions, cache: Cache) -> tuple[str | None, di
         return None, None
     if not (output / RUN).exists():
         raise UserError(f"{output}: holds other files and no run of train-student; name a new --output")
-    there, ours = _read_object(output / RUN), run_identity(options, cache)
+    there, ours = _read_object(output / RUN), run_identity(options, caches)
     if differing := [key for key in sorted({*there, *ours}) if there.get(key) != ours.get(key)]:
         raise UserError(
             f"{output}: holds another run, which differs in {', '.join(differing)}; "
@@ -238,7 +345,7 @@ def _last_whole_checkpoint(output: Path) -> str | None:
 
 
 def load_student(prepared: Prepared) -> PreTrainedModel:
-    """The student, with weights read or drawn from the seed."""
+    """The student, with weights read or drawn from the seed, and its adapters where it has some."""
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -248,10 +355,26 @@ def load_student(prepared: Prepared) -> PreTrainedModel:
     dtype = getattr(torch, options.dtype)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     set_seed(options.seed)
-    if not options.init_from_config:
-        return load_causal_lm(options.student, dtype=dtype, **source)
-    config = load_config(options.student, **source)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    if options.init_from_config:
+        config = load_config(options.student, **source)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    else:
+        model = load_causal_lm(options.student, dtype=dtype, **source)
+    return model if options.lora_rank is None else _with_lora(model, options)
+
+
+def _with_lora(model: PreTrainedModel, options: StudentOptions) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha  # type: ignore[operator]
+    target: Any = "all-linear" if options.lora_target == ("all-linear",) else list(options.lora_target)
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(task_type="CAUSAL_LM", r=options.lora_rank, lora_alpha=alpha, target_modules=target),
+        )
+    except ValueError as error:
+        raise UserError(f"--lora-target: {' '.join(str(error).split())[:300]}") from None
 
 
 def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> DistillationTrainer:
@@ -260,39 +383,53 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
 
     from transformers import PrinterCallback
 
+    from stages.mixing import Mixture
     from stages.shard_dataset import Collator, ShardDataset, corpus_threshold
     from stages.training import DistillationTrainer
 
-    options, cache = prepared.options, prepared.cache
+    options, parts = prepared.options, prepared.parts
     model = load_student(prepared)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     objective = options.objective
     threshold = None
     if objective.rank_scope == "corpus":
-        threshold = corpus_threshold(cache, prepared.train_ids, objective.hard_ratio)
-    eval_dataset: ShardDataset | None = None
+        threshold = corpus_threshold([(part.cache, part.train_ids) for part in parts], objective.hard_ratio)
+    eval_dataset: Mixture | None = None
     eval_collator = None
-    if len(prepared.eval_ids):
-        eval_dataset = ShardDataset(cache, prepared.eval_ids)
+    if prepared.held_out:
+        eval_dataset = Mixture([ShardDataset(p.cache, p.eval_ids, source=i) for i, p in enumerate(parts)])
         # Easy and hard are split over the whole held-out share, so that no batch size changes a metric.
         eval_collator = Collator(
             replace(objective, rank_scope="corpus"),
             vocabulary,
-            corpus_threshold(cache, prepared.eval_ids, objective.hard_ratio),
+            corpus_threshold([(part.cache, part.eval_ids) for part in parts], objective.hard_ratio),
         )
+    trained = [
+        ShardDataset(part.cache, part.train_ids, extra=extra_columns(objective, part.cache), source=i)
+        for i, part in enumerate(parts)
+    ]
     trainer = DistillationTrainer(
         model=model,
         args=prepared.arguments,
-        train_dataset=ShardDataset(cache, prepared.train_ids, extra=extra_columns(objective, cache)),
+        train_dataset=Mixture(trained, options.mix or None),
         eval_dataset=eval_dataset,
-        data_collator=Collator(objective, vocabulary, threshold),
+        data_collator=Collator(objective, vocabulary, threshold, packed=prepared.plan.batching == "packed"),
         eval_collator=eval_collator,
         objective=objective,
-        tail=make_tail(objective, cache),
+        tail=make_tail(objective, [part.cache for part in parts]),
+        plan=prepared.plan,
+        lengths=prepared.lengths,
+        cache_names=cache_names([part.cache for part in parts]),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def cache_names(caches: Sequence[Cache]) -> list[str]:
+    """The caches' directories by their last names, numbered where two have the same."""
+    names = [cache.path.resolve().name for cache in caches]
+    return [name if names.count(name) == 1 else f"{name}-{place + 1}" for place, name in enumerate(names)]
 
 
 def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -301,40 +438,41 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
 
     from stages.compatibility import cache_tokenizer
 
-    options, cache = prepared.options, prepared.cache
+    options, caches = prepared.options, [part.cache for part in prepared.parts]
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     trainer = make_trainer(prepared, callbacks)
     output = Path(options.output)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         remove_temporaries(output)
-        write_json(output / RUN, run_identity(options, cache))
+        write_json(output / RUN, run_identity(options, caches))
     try:
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
     except torch.OutOfMemoryError:
+        smaller = "--batch-tokens" if prepared.plan.batching == "packed" else "--batch-size"
         raise RunError(
-            "out of memory; lower --batch-size and raise --accumulate to match, then start the same command again "
+            f"out of memory; lower {smaller} and raise --accumulate to match, then start the same command again "
             "with a new --output"
         ) from None
     seconds = max(result.metrics["train_runtime"] - trainer.evaluation_seconds, 1e-9)
-    metrics = trainer.evaluate() if len(prepared.eval_ids) else {}
+    metrics = trainer.evaluate() if prepared.held_out else {}
     trainer.save_model()
     report = {
         "objective": asdict(options.objective),
-        "cache_id": cache.manifest.cache_id,
-        "teacher": cache.manifest.teacher.name,
+        "caches": dict(zip(cache_names(caches), [cache.manifest.cache_id for cache in caches], strict=True)),
+        "teacher": caches[0].manifest.teacher.name,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         # Trainer's mean starts anew when a run is resumed.
         "train_loss": result.training_loss if prepared.checkpoint is None else None,
         "train_seconds": seconds,
         "train_tokens_per_second": trainer.trained_positions / seconds,
-        "held_out_sequences": len(prepared.eval_ids),
+        "held_out_sequences": prepared.held_out,
         **{name: value for name, value in metrics.items() if _is_measure(name)},
         "log": trainer.state.log_history,
     }
     if trainer.is_world_process_zero():
-        cache_tokenizer(cache).save_pretrained(output)
+        cache_tokenizer(caches[0]).save_pretrained(output)
         write_json(output / METRICS, report)
     return report
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from stages import evaluation
+from stages import evaluation, ranking
+from stages.batching import BatchPlan, EpochBatches
 from stages.decomposition import Decomposition
 from stages.distillation_forward import Head, install_distillation
 from stages.divergence import BUCKET, StudentTerms, at_temperature, divergences, teacher_terms
 from stages.head_loss import head_loss
-from stages.objective import Objective, coefficients, compare, weighted_sum
-from stages.shard_dataset import Collator, WindowShuffle, teacher_rows
+from stages.objective import Coefficients, Objective, coefficients, compare, weighted_sum
+from stages.packing import check_packing
+from stages.shard_dataset import Collator, teacher_rows
 from stages.tail import Tail
+from storage.errors import RunError, UserError
 
 
 class DistillationTrainer(Trainer):
@@ -27,7 +34,12 @@ class DistillationTrainer(Trainer):
 
     Trainer scales losses in one of two ways; `loss_is_scaled_for_ga` says which one ours needs, so that nothing is
     divided twice: `group` losses are means over a micro-batch (Trainer averages them over the accumulated ones),
-    `token` losses are divided here by the tokens of the whole step, over micro-batches and devices.
+    `token` losses, and all of the rank scope `global-batch`, are divided here by the tokens of the whole step, over
+    micro-batches and devices.
+
+    train_dataset: a Mixture. plan: how its sequences become batches, with their `lengths` where it needs them; the
+    padded batch size and the devices are Trainer's. cache_names: for the held-out measures of each cache apart.
+    Raises UserError for a model that cannot be trained on packed sequences where `plan` packs.
     """
 
     objective: Objective
@@ -38,19 +50,29 @@ class DistillationTrainer(Trainer):
         objective: Objective,
         tail: Tail = BUCKET,
         eval_collator: Collator | None = None,
+        plan: BatchPlan | None = None,
+        lengths: np.ndarray | None = None,
+        cache_names: Sequence[str] = ("",),
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.objective = objective
+        self._plan = plan or BatchPlan()
+        self._lengths = lengths
+        self._cache_names = tuple(cache_names)
         # The prior is one vector for the whole run; it moves to the device once.
         prior = None if tail.log_prior is None else tail.log_prior.to(self.args.device)
         self._tail = replace(tail, log_prior=prior)
         self._eval_collator = eval_collator
         self._vocabulary_size = install_distillation(self.model)
-        self.loss_is_scaled_for_ga = objective.normalize == "token"
+        self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
+        self.loss_is_scaled_for_ga = self._over_step
         self._decomposition = Decomposition(self.args.device)
         self.trained_positions = 0
         self.evaluation_seconds = 0.0
+        if self._plan.batching == "packed":
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                check_packing(self.model)
 
     def compute_loss(
         self,
@@ -61,7 +83,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The loss of one micro-batch (see Collator for `inputs`). num_items_in_batch: tokens of the whole step."""
         objective, temperature = self.objective, self.objective.temperature
-        weights = coefficients(objective, inputs["is_hard"], num_items_in_batch)
+        weights = self._weights(inputs, num_items_in_batch)
         at_one = rows = teacher_rows(inputs)
         if temperature != 1:
             rows = at_temperature(rows, inputs["tail_logmass_at"], temperature)
@@ -94,11 +116,23 @@ class DistillationTrainer(Trainer):
                 total = total + head_loss(hidden, head, parameters, at_one, ce_of, vocabulary_size=size)
             return total
 
-        loss = model(distillation=from_hidden, input_ids=inputs["input_ids"], rows=inputs["rows"])
-        if self.objective.normalize == "token" and num_items_in_batch is not None:
+        loss = model(distillation=from_hidden, **_model_inputs(inputs))
+        if self._over_step and num_items_in_batch is not None:
             # Gradients are averaged over devices, the tokens were counted over all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def _weights(self, inputs: dict[str, torch.Tensor], step_tokens: torch.Tensor | int | None) -> Coefficients:
+        """The coefficients of a micro-batch's rows."""
+        is_hard, hard_tokens = inputs["is_hard"], inputs.get("step_hard_tokens")
+        if hard_tokens is None or step_tokens is None:
+            return coefficients(self.objective, is_hard, step_tokens)
+        # A weight depends on the group and on the sizes of both, so a stand-in for the step's rows gives them all.
+        total = int(step_tokens)
+        of_step = coefficients(
+            self.objective, torch.arange(total, device=is_hard.device) < hard_tokens.to(is_hard.device), total
+        )
+        return of_step[torch.where(is_hard, 0, total - 1)]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with the paper's decomposition since the last one: mean TKD, DKD and UNC, easy and hard."""
@@ -109,13 +143,67 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """The micro-batches of one optimiser step, and its tokens over all devices. Raises what a worker met."""
+        try:
+            batches = list(islice(epoch_iterator, num_batches))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                "a process that reads shards was killed (out of memory?); start the same command again with smaller "
+                "batches or with --trainer dataloader_num_workers=0"
+            ) from None
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
         tokens = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
+        if self.objective.rank_scope == "global-batch":
+            self._rank_step(batches, device)
         return batches, self.accelerator.reduce(tokens, reduction="sum")
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return WindowShuffle(dataset, self._data_seed)
+    def _rank_step(self, batches: list[dict[str, torch.Tensor]], device: torch.device) -> None:
+        """Rank the tokens of the whole step, over micro-batches and devices, and say so in each micro-batch."""
+        ours = torch.cat([batch["gold_logprob"] for batch in batches]).to(device)
+        # No log-probability is +inf: that is how the padding is told from them.
+        everyones = self.accelerator.pad_across_processes(ours, pad_index=float("inf"))
+        everyones = self.accelerator.gather(everyones).cpu().numpy()
+        everyones = everyones[everyones < np.inf]
+        threshold = ranking.hard_threshold(everyones, self.objective.hard_ratio)
+        hard = torch.tensor(int((everyones <= threshold).sum()))
+        for batch in batches:
+            batch["is_hard"] = batch["gold_logprob"] <= threshold
+            batch["step_hard_tokens"] = hard
+
+    def get_train_dataloader(self) -> DataLoader:
+        plan = replace(
+            self._plan,
+            sequences=self._train_batch_size,
+            devices=self.args.world_size,
+            device=self.args.process_index,
+        )
+        mixture: Any = self.train_dataset
+        # Not prepared by accelerate, which would deal the batches out to devices once more.
+        return self._loader(
+            mixture,
+            self.data_collator,
+            batch_sampler=EpochBatches(mixture, plan, self._data_seed, self._lengths),
+            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
+        )
+
+    def _loader(self, dataset: Dataset, collate: Any, **options: Any) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return _EpochLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            # Its own, so that a loader that starts anew in a resumed run takes nothing from the students' randomness.
+            generator=torch.Generator(),
+            **options,
+        )
 
     @property
     def _data_seed(self) -> int:
@@ -123,13 +211,9 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset: Any = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
-        loader: DataLoader = DataLoader(
-            dataset,
-            batch_size=self.args.eval_batch_size,
-            collate_fn=self._eval_collator,
-            num_workers=self.args.dataloader_num_workers,
+        return self.accelerator.prepare(
+            self._loader(dataset, self._eval_collator, batch_size=self.args.eval_batch_size)
         )
-        return self.accelerator.prepare(loader)
 
     def evaluation_loop(
         self,
@@ -145,9 +229,12 @@ class DistillationTrainer(Trainer):
         if not self.accelerator._models and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
-        total = torch.zeros((len(evaluation.GROUPS), 1 + len(evaluation.MEASURES)), dtype=torch.float64)
+        shape = len(self._cache_names), len(evaluation.GROUPS), 1 + len(evaluation.MEASURES)
+        totals = torch.zeros(shape, dtype=torch.float64)
         sequences = 0
         for inputs in dataloader:
+            if isinstance(inputs, UserError):
+                raise inputs
             inputs = self._prepare_inputs(inputs)
 
             def from_hidden(
@@ -159,16 +246,37 @@ class DistillationTrainer(Trainer):
                 )  # fmt: skip
 
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-                sums = model(distillation=from_hidden, input_ids=inputs["input_ids"], rows=inputs["rows"])
+                sums = model(distillation=from_hidden, **_model_inputs(inputs))
+            sums = sums.to(self.args.device, _gatherable(self.args.device))
             # Drops the sequences that the loader repeated to give every device the same number.
-            gathered = self.accelerator.gather_for_metrics(sums.to(self.args.device, _gatherable(self.args.device)))
-            total += gathered.cpu().double().sum(0)
+            gathered, source = self.accelerator.gather_for_metrics((sums, inputs["source"]))
+            totals.index_add_(0, source.cpu(), gathered.cpu().double())
             sequences += len(gathered)
-        metrics = evaluation.metrics(total, metric_key_prefix)
+        metrics = evaluation.metrics(totals.sum(0), metric_key_prefix)
+        if len(totals) > 1:
+            for name, total in zip(self._cache_names, totals, strict=True):
+                metrics |= evaluation.metrics(total, f"{metric_key_prefix}_{name}")
         # What `metric_for_best_model` and early stopping look at by default.
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
         self.evaluation_seconds += time.monotonic() - started
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
+
+
+class _EpochLoader(DataLoader):
+    """Hands on the epoch that Trainer sets. Where it skips batches, it finds the batch sampler by itself."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.batch_sampler, EpochBatches):
+            self.batch_sampler.set_epoch(epoch)
+
+
+def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("input_ids", "rows", "position_ids") if name in batch}
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _gatherable(device: torch.device) -> torch.dtype:

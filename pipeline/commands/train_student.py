@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -51,9 +52,17 @@ _OBJECTIVE = (
 @click.option(
     "--shards",
     required=True,
+    multiple=True,
     metavar="DIR",
     type=click.Path(),
-    help="The cache: the --output of `pipeline cache-teacher`.",
+    help="The cache: the --output of `pipeline cache-teacher`. Repeat it for several caches of one teacher.",
+)
+@click.option(
+    "--mix",
+    metavar="W,W,...",
+    show_default="by size",
+    help="Weight of each --shards, in their order: its share of the sequences drawn. An epoch is as many sequences as "
+    "all caches hold; a cache with fewer than its share is gone through again, one with more goes on in the next.",
 )
 @click.option(
     "--output",
@@ -94,15 +103,16 @@ _OBJECTIVE = (
 @click.option(
     "--rank-scope",
     default="micro-batch",
-    type=click.Choice(["micro-batch", "sequence", "corpus"]),
-    help="Among which tokens the uncertainty is ranked; micro-batch is the paper's code.",
+    type=click.Choice(["micro-batch", "global-batch", "sequence", "corpus"]),
+    help="Among which tokens the uncertainty is ranked; micro-batch is the paper's code, global-batch is the whole "
+    "optimiser step, over --accumulate and devices.",
 )
 @click.option(
     "--normalize",
     default="group",
     type=click.Choice(["group", "token"]),
-    help="group: mean over each group's tokens of a micro-batch (the paper's code); "
-    "token: sum over all tokens, divided by the tokens of the step.",
+    help="group: mean over each group's tokens of a micro-batch (the paper's code), or of the step with --rank-scope "
+    "global-batch; token: sum over all tokens, divided by the tokens of the step.",
 )
 @click.option(
     "--direction",
@@ -156,7 +166,20 @@ _OBJECTIVE = (
 @click.option("--epochs", type=float, show_default="3", help="Passes over the training share.")
 @click.option("--max-steps", type=int, show_default="by epochs", help="Optimiser steps; beats --epochs.")
 @click.option(
+    "--batching",
+    default="padded",
+    type=click.Choice(["padded", "length-grouped", "packed"]),
+    help="How sequences make a micro-batch: padded to the longest; the same among sequences of similar length; or "
+    "one after another up to --batch-tokens, without attending across them.",
+)
+@click.option(
     "--batch-size", type=click.IntRange(1), show_default="8", help="Sequences of one micro-batch on one device."
+)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(2),
+    show_default="4096, or the longest sequence",
+    help="packed: token ids of one micro-batch on one device, at most; takes the place of --batch-size.",
 )
 @click.option(
     "--eval-batch-size",
@@ -176,6 +199,19 @@ _OBJECTIVE = (
 @click.option("--bf16/--no-bf16", default=None, show_default="no", help="Mixed precision in bfloat16.")
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]), help="Precision of the student's weights."
+)
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(1),
+    show_default="off",
+    help="Train LoRA adapters of this rank instead of all weights, and save only them (needs peft).",
+)
+@click.option("--lora-alpha", type=click.FloatRange(0, min_open=True), show_default="2 x rank", help="LoRA's scale.")
+@click.option(
+    "--lora-target",
+    metavar="NAME,NAME,...",
+    default="all-linear",
+    help="Modules that get an adapter, by name; all-linear is every linear layer but the head.",
 )
 @click.option("--eval-steps", type=click.IntRange(1), show_default="every epoch", help="Steps between evaluations.")
 @click.option("--save-steps", type=click.IntRange(1), show_default="500", help="Steps between checkpoints.")
@@ -197,10 +233,14 @@ def command(**given: Any) -> None:
       pipeline train-student --student ./student --shards cache/ --output distilled/
       pipeline train-student --student Qwen/Qwen3-0.6B --shards cache/ --output distilled/ \\
           --objective atkd --epochs 2 --batch-size 4 --accumulate 8 --bf16 --trainer optim=adamw_torch_fused
+      pipeline train-student --student ./student --shards ground-truth/ --shards on-policy/ --mix 0.5,0.5 \\
+          --output distilled/ --batching packed --batch-tokens 8192
     """
     from stages.objective import Objective
     from stages.student import StudentOptions, prepare, train
 
+    given["mix"] = _weights(given["mix"])
+    given["lora_target"] = tuple(name.strip() for name in given["lora_target"].split(","))
     trainer = dict(given.pop("trainer"))
     for name, field in _SHORT.items():
         value = given.pop(name)
@@ -220,7 +260,16 @@ def command(**given: Any) -> None:
         from pipeline.training_progress import TrainingProgress
 
         report = train(prepared, [TrainingProgress(prepared.train_tokens)])
-    summary("student", _rows(prepared.options.output, report))
+    # Of several processes that train together, one says how it went.
+    if os.environ.get("RANK", "0") == "0":
+        summary("student", _rows(prepared.options.output, report))
+
+
+def _weights(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(weight) for weight in text.split(",")) if text else ()
+    except ValueError:
+        raise click.UsageError(f"--mix {text}: not numbers with commas between them, such as 0.5,0.5") from None
 
 
 def _rows(output: str, report: dict[str, Any]) -> list[tuple[str, object]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from stages.divergence import StudentTerms, divergences, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import NORMALIZATIONS, Objective, coefficients, weighted_sum
 from stages.shard_dataset import Collator, ShardDataset, corpus_threshold, teacher_rows
+from stages.student import StudentOptions, make_trainer, prepare
 from tests import reference
 from tests.conftest import VOCABULARY, Tiny
 
@@ -98,10 +100,70 @@ def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, fu
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}")
 
 
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_five_steps_of_a_cached_and_of_an_online_student(
+    batching: str, full_cache: Any, tiny: Tiny, tmp_path: Path
+) -> None:
+    """The command's own training against a loop with AdamW and both models' logits: every weight after every step."""
+    from transformers import TrainerCallback
+
+    trainer: dict[str, Any] = {"max_steps": 5, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    # Adam divides a gradient by its own size: where that is rounding noise, only epsilon keeps it from mattering.
+    trainer |= {"adam_epsilon": 1e-5, "weight_decay": 0.01, "dataloader_num_workers": 0}
+    sizes: dict[str, Any] = {"batching": "packed", "batch_tokens": 300} if batching == "packed" else {}
+    if not sizes:
+        trainer["per_device_train_batch_size"] = 3
+    objective = Objective("atkd", ce_weight=0.1)
+    given = StudentOptions(
+        str(tiny.student),
+        str(full_cache.path),
+        str(tmp_path / "out"),
+        objective,
+        eval_share=0,
+        trainer=trainer,
+        **sizes,
+    )
+    offline = make_trainer(prepare(given))
+    after: list[dict[str, torch.Tensor]] = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            after.append({name: p.detach().clone() for name, p in kwargs["model"].named_parameters()})
+
+    offline.add_callback(Keep())
+    loader: Any = offline.get_train_dataloader()
+    drawn: list[list[int]] = []
+    for epoch in range(5):
+        loader.batch_sampler.set_epoch(epoch)
+        drawn += list(loader.batch_sampler)
+    offline.train()
+
+    teacher, student = load(tiny.teacher), load(tiny.student)
+    decayed = [p for name, p in student.named_parameters() if "norm" not in name]
+    others = [p for name, p in student.named_parameters() if "norm" in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-3, eps=1e-5
+    )
+    corpus = [
+        row for rows in full_cache.column("input_ids") for row in map(rows["input_ids"].__getitem__, range(len(rows)))
+    ]
+    for step, batch in enumerate(drawn[:5]):
+        online_loss(teacher, student, [SimpleNamespace(input_ids=corpus[i]) for i in batch], objective).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, ours in student.named_parameters():
+            torch.testing.assert_close(
+                after[step][name], ours.detach(), atol=1e-5, rtol=0, msg=lambda m, n=name, s=step: f"step {s}, {n}: {m}"
+            )
+    start = load(tiny.student).get_output_embeddings().weight
+    assert (student.get_output_embeddings().weight - start).abs().max() > 1e-3
+
+
 def test_corpus_scope_is_the_same_however_batches_are_formed(full_cache: Any) -> None:
     objective = Objective(rank_scope="corpus")
     dataset = ShardDataset(full_cache, np.arange(full_cache.manifest.corpus.sequences))
-    threshold = corpus_threshold(full_cache, dataset.sequence_ids, 0.5)
+    threshold = corpus_threshold([(full_cache, dataset.sequence_ids)], 0.5)
     collator = Collator(objective, VOCABULARY, threshold)
     alone = torch.cat([collator([dataset[i]])["is_hard"] for i in range(len(dataset))])
     together = collator([dataset[i] for i in range(len(dataset))])["is_hard"]

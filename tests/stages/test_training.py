@@ -85,7 +85,7 @@ def test_held_out_measures_equal_the_definitions(tiny: Tiny, make_cache: Callabl
     kl, ce, agree, unc = [], [], [], []
     rows = {shard.first: cache.read_shard(i) for i, shard in enumerate(cache.manifest.shards)}
     for first, stored in rows.items():
-        for sequence in set(prepared.eval_ids.tolist()) & set(range(first, first + len(stored))):
+        for sequence in set(prepared.parts[0].eval_ids.tolist()) & set(range(first, first + len(stored))):
             ids = stored["input_ids"][sequence - first].astype(np.int64)
             with torch.no_grad():
                 p = teacher(torch.tensor(ids)[None]).logits[0, :-1].double().numpy()
