@@ -24,13 +24,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.memory import PeakMemory
 
 ROUTES = ("generate", "ceiling", "pooling", "flat", "dicts", "transformers")
 
@@ -149,38 +150,6 @@ def serve(arguments: argparse.Namespace) -> None:
     for child in psutil.Process().children(recursive=True):
         child.kill()
     os._exit(0)
-
-
-class PeakMemory:
-    """Peak resident memory of this process and its children, above what it was on entry."""
-
-    def __enter__(self) -> PeakMemory:
-        self._stop = threading.Event()
-        self._start = self._peak = self._now()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.growth_mb = (self._peak - self._start) / 1e6
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.05):
-            self._peak = max(self._peak, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        import psutil
-
-        total = 0
-        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-            try:
-                total += process.memory_info().rss
-            except psutil.Error:
-                continue
-        return total
 
 
 Job = Callable[[list[Any]], None]
