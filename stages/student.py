@@ -10,7 +10,7 @@ import difflib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,11 @@ def prepare(options: StudentOptions) -> Prepared:
     check_head(cache, config.get_text_config().vocab_size, options.student)
     if problem := options.objective.problem():
         raise UserError(problem)
-    make_tail(options.objective, cache)
-    extra_columns(options.objective, cache)
+    has_samples, has_prior = cache.manifest.scoring.tail_samples > 0, cache.tail_prior() is not None
+    objective = options.objective.for_cache(has_samples=has_samples, has_prior=has_prior)
+    options = replace(options, objective=objective)
+    make_tail(objective, cache)
+    extra_columns(objective, cache)
     train_ids, eval_ids = split_held_out(cache, options.eval_share)
     checkpoint, finished = _previous_run(options, cache)
     return Prepared(options, cache, arguments, train_ids, eval_ids, checkpoint, finished)
@@ -126,6 +129,7 @@ def make_tail(objective: Objective, cache: Cache) -> Tail:
 
     from stages.tail import Tail, log_prior
 
+    assert objective.tail != "auto", "Objective.for_cache decides it"
     if objective.tail == "sampled" and not cache.manifest.scoring.tail_samples:
         raise CacheError(f"{cache.path}: --tail sampled needs tail samples; this cache was made without --tail-samples")
     if objective.tail != "prior":
@@ -256,8 +260,6 @@ def load_student(prepared: Prepared) -> PreTrainedModel:
 
 def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> DistillationTrainer:
     """The trainer of a prepared run, its student loaded and its datasets open."""
-    from dataclasses import replace
-
     from transformers import PrinterCallback
 
     from stages.shard_dataset import Collator, ShardDataset, corpus_threshold

@@ -24,6 +24,9 @@ import torch
 
 TailMode = Literal["bucket", "drop", "prior", "sampled"]
 TAIL_MODES: tuple[str, ...] = get_args(TailMode)
+# `auto` becomes a mode when the cache is known, see Objective.for_cache.
+TailChoice = Literal["auto", "bucket", "drop", "prior", "sampled"]
+TAIL_CHOICES: tuple[str, ...] = get_args(TailChoice)
 
 
 @dataclass(frozen=True)
