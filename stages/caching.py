@@ -37,6 +37,9 @@ from storage.rows import Ragged, Rows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+# At most 64 bytes a token, and nearest to the live teacher for them: docs/fidelity.md.
+DEFAULT_TOP_N = 8
+DEFAULT_TAIL_SAMPLES = 16
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_SHARD_TOKENS = 1 << 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,15 +49,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class CacheOptions:
     """What to cache, with whom, how much of it. Lengths in tokens; `max_length` None: 2048 or the teacher's context.
 
-    temperatures: besides 1. tail_samples: ids per position. engine: `EngineOptions` of the teacher.
+    temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 where vLLM's stock API
+    scores, which cannot draw, and with a server, which decided when it was started. engine: of the teacher.
     """
 
     engine: EngineOptions
     dataset: str
     output: str
-    top_n: int = 64
+    top_n: int = DEFAULT_TOP_N
     temperatures: tuple[float, ...] = ()
-    tail_samples: int = 0
+    tail_samples: int | None = None
     dtype: str = "auto"
     max_length: int | None = None
     overlong: str = "cut"
@@ -68,7 +72,15 @@ class CacheOptions:
     processes: int | None = None
 
     def statistics(self) -> StatisticsOptions:
-        return StatisticsOptions(self.top_n, self.temperatures, self.tail_samples, self.seed)
+        return StatisticsOptions(self.top_n, self.temperatures, self._samples, self.seed)
+
+    @property
+    def _samples(self) -> int:
+        if self.tail_samples is not None:
+            return self.tail_samples
+        engine = self.engine
+        elsewhere = engine.vllm_route == "prompt-logprobs" or engine.engine == "server" or engine.server_url
+        return 0 if elsewhere else DEFAULT_TAIL_SAMPLES
 
 
 @dataclass
@@ -139,7 +151,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
             dtype=resolve_dtype(options.dtype, config) if choice.teacher is None else choice.teacher.description.dtype,
             top_n=options.top_n,
             temperatures=tuple(sorted(options.temperatures)),
-            tail_samples=options.tail_samples,
+            tail_samples=options.statistics().tail_samples,
             entropy=choice.gives_entropy,
             logprob_bits=options.logprob_bits,
             seed=options.seed,

@@ -31,7 +31,7 @@ class StatisticsOptions:
 
     top_n: how many of the most probable ids, 1..V.
     temperatures: for each T, `log sum_{j not in K} p_j^(1/T)` is computed as well (T = 1 is always there).
-    tail_samples: ids drawn from the tail with replacement, in proportion to p; 0 for none.
+    tail_samples: M ids drawn from the tail in proportion to p, one from each M-th of its mass; 0 for none.
     seed: of the tail samples.
     """
 
