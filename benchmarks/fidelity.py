@@ -12,6 +12,7 @@ A setting is written `mode:N:M`, or `prior:N:gamma`:
                       sampling KD, Anshumann et al., ACL 2025)
     drop:N bucket:N prior:N:gamma sampled:N:M       the tail modes of `stages.tail`, from what a cache holds
     independent:N:M   `sampled`, but M independent draws instead of one from each of M strata
+    mix:N:M:gamma:a   the share a of the tail as `prior` says, the rest as `sampled`: less noise, some bias
 
 The teacher is live, but a student sees what a cache gives: our own `row_statistics`, top log-probabilities rounded to
 float16, our own loss. Bytes are those of a shard that the project's writer really wrote, ids and mask included. The
@@ -63,6 +64,7 @@ class Setting:
     top_n: int = 1
     samples: int = 0
     gamma: float = 0.5
+    share: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Setting:
@@ -73,11 +75,13 @@ class Setting:
             return cls(mode, int(numbers[0]), int(numbers[1]))
         if mode == "prior":
             return cls(mode, int(numbers[0]), gamma=float(numbers[1]))
+        if mode == "mix":
+            return cls(mode, int(numbers[0]), int(numbers[1]), float(numbers[2]), float(numbers[3]))
         return cls(mode, *map(int, numbers))
 
     @property
     def tail_mode(self) -> Any:
-        return "sampled" if self.mode == "independent" else self.mode
+        return "sampled" if self.mode in ("independent", "mix") else self.mode
 
 
 def main() -> None:
@@ -236,7 +240,7 @@ class Bench:
 
     def tail(self, setting: Setting) -> Tail:
         """The tail mode; its prior is the mean tail at this N over the first rows of the students' text."""
-        if setting.mode != "prior":
+        if setting.mode not in ("prior", "mix"):
             return Tail(setting.tail_mode)
         if setting.top_n not in self.prior_sums:
             total = torch.zeros(self.vocabulary, dtype=torch.float64, device=DEVICE)
@@ -304,8 +308,11 @@ class Loss:
     """The mean loss of a student over the positions of a batch, under one setting."""
 
     def __init__(self, bench: Bench, setting: Setting) -> None:
-        self.bench, self.setting, self.tail = bench, setting, bench.tail(setting)
-        self.objective = Objective("kl", tail=self.tail.mode)
+        self.bench, self.setting = bench, setting
+        # (weight, tail) whose losses are added; targets add up in the same way, the loss being linear in them.
+        self.tails = [(1.0, bench.tail(setting))]
+        if setting.mode == "mix":
+            self.tails = [(setting.share, bench.tail(setting)), (1.0 - setting.share, Tail("sampled"))]
 
     def __call__(self, student: BodyAndHead, ids: torch.Tensor, seed: int) -> torch.Tensor:
         logits = self.bench.teacher_logits(ids)
@@ -315,16 +322,18 @@ class Loss:
             constant = torch.xlogy(wanted, wanted).sum(1).mean()
             return cross_entropy(student.head(hidden), wanted) + constant
         rows = stored_rows(self.setting, ids, logits, seed)
-        terms = teacher_terms(rows, self.tail.mode)
-        weights = coefficients(self.objective, torch.zeros(len(rows), dtype=torch.bool, device=DEVICE))
+        return torch.stack([weight * self.of_cache(student, hidden, rows, tail) for weight, tail in self.tails]).sum()
+
+    def of_cache(self, student: BodyAndHead, hidden: torch.Tensor, rows: TeacherRows, tail: Tail) -> torch.Tensor:
+        objective = Objective("kl", tail=tail.mode)
+        terms = teacher_terms(rows, tail.mode)
+        weights = coefficients(objective, torch.zeros(len(rows), dtype=torch.bool, device=DEVICE))
 
         def loss_of(found: StudentTerms, part: slice) -> torch.Tensor:
-            return weighted_sum(compare(self.objective, found, terms[part]), weights[part])
+            return weighted_sum(compare(objective, found, terms[part]), weights[part])
 
         size = self.bench.vocabulary
-        return head_loss(
-            hidden, student.head, student.head_parameters, rows, loss_of, vocabulary_size=size, tail=self.tail
-        )
+        return head_loss(hidden, student.head, student.head_parameters, rows, loss_of, vocabulary_size=size, tail=tail)
 
 
 # At one moment --------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 )
 @click.option(
     "--tail-samples",
+    default=None,
     type=click.IntRange(0),
     show_default="16; 0 with a server or --vllm-route prompt-logprobs",
     help="Ids drawn from the tail at each position, in proportion to their probability.",
