@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from stages.caching import DEFAULT_TAIL_SAMPLES, CacheOptions
+from stages.caching import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_ALONE, CacheOptions
 from stages.engines import EngineOptions
 
 
@@ -23,3 +25,6 @@ from stages.engines import EngineOptions
 def test_tail_samples_are_drawn_where_the_engine_can(engine: dict, given: int | None, samples: int) -> None:
     options = CacheOptions(EngineOptions("teacher", **engine), "data.jsonl", "cache", tail_samples=given)
     assert options.statistics().tail_samples == samples
+    assert options.statistics().top_n == (DEFAULT_TOP_N if samples else DEFAULT_TOP_N_ALONE)
+    assert replace(options, temperatures=(2.0,)).statistics().top_n == DEFAULT_TOP_N_ALONE
+    assert replace(options, top_n=9).statistics().top_n == 9
