@@ -47,13 +47,13 @@ from stages.tail import Tail, log_prior
 
 # One device sums in another order than the next; the comparison within one machine is what counts.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SETTINGS = ["online", "drop:64", "bucket:16", "bucket:64", "prior:16:0.5", "prior:64:0.5", "independent:8:8"]
-SETTINGS += ["sampled:8:8", "sampled:8:12", "sampled:4:16", "sampled:16:16", "rskd:12", "rskd:50"]
+SETTINGS = ["online", "rskd:12", "rskd:50", "sampled:4:28", "sampled:8:16", "independent:8:16", "mix:8:16:0.5:0.3"]
+SETTINGS += ["drop:64", "bucket:16", "bucket:64", "prior:16:0.5", "prior:64:0.5"]
 SNAPSHOT = [
     f"{mode}:{n}{rest}"
     for n in (4, 8, 16, 32, 64, 128)
     for mode, rest in [("drop", ""), ("bucket", ""), ("prior", ":0.5"), ("prior", ":1"), ("sampled", ":8")]
-] + ["rskd:12", "rskd:50"]
+] + ["independent:16:8", "sampled:4:28", "independent:4:28", "rskd:12", "rskd:50"]
 
 
 @dataclass(frozen=True)
@@ -340,11 +340,11 @@ class Loss:
 
 
 def snapshot(arguments: argparse.Namespace) -> None:
-    """Angle and length of the gradient on all of the student's weights, KL and its bias, over 8 sequences."""
+    """Angle and length of the gradient on the student's weights, KL and its bias, over one batch of a training."""
     bench = Bench(arguments)
     model = bench.student(arguments.seeds[0])
     student = BodyAndHead(model)
-    ids = bench.transfer[:8]
+    ids = bench.transfer[: arguments.batch]
     whole, kl = gradient(model, Loss(bench, Setting("online")), student, ids, 0)
     print("| setting | KL | bias | angle, all weights | angle, output layer | angle, body | length ratio |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -389,7 +389,7 @@ def missing_constant(bench: Bench, setting: Setting, ids: torch.Tensor) -> float
     gold = ids[:, 1:].flatten().to(DEVICE)
     tail = log_p.scatter(1, torch.cat([found.top_ids, gold[:, None]], 1), -math.inf)
     within = tail.clamp(min=-1e4) - found.tail_logmass.clamp(min=-1e4)[:, None]
-    return (tail.exp() * within).sum(1).mean().item()
+    return (1.0 - setting.share) * (tail.exp() * within).sum(1).mean().item()
 
 
 # Over a training ------------------------------------------------------------------------------------------------------
