@@ -171,13 +171,12 @@ def teacher_job(make: Callable[[], Any], arguments: argparse.Namespace) -> Job:
 
 
 def write(rows: Any, arguments: argparse.Namespace) -> None:
-    from storage.shard import write_table
+    from storage.shard import split_leaves, write_table
 
     columns = scoring(arguments, entropy="entropy" in rows.lists).columns
     with tempfile.TemporaryDirectory() as folder:
         table = rows.to_table(columns, {})
-        floats = [f"{c.name}.list.element" for c in columns if str(c.element) in ("float", "halffloat")]
-        write_table(Path(folder) / "shard.parquet", table, floats)
+        write_table(Path(folder) / "shard.parquet", table, split_leaves(columns))
 
 
 def scoring(arguments: argparse.Namespace, *, entropy: bool) -> Any:

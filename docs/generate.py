@@ -53,8 +53,8 @@ Where gold is among the top-N it stands there too, so the kept set is top-N and 
 probabilities of the kept set and the tail sum to 1 within rounding. With `1 - p(gold) = UNC`, `log UNC` is the
 log-sum-exp of the non-gold entries and the tail.
 
-Encoding: zstd; floats byte-stream-split; a CRC on every page. The schema metadata of each file names the format
-version, the cache id and the number of the shard.
+Encoding: zstd; ids and float32 byte-stream-split; a CRC on every page. The schema metadata of each file names the
+format version, the cache id and the number of the shard.
 
 ## manifest.json
 

@@ -37,6 +37,11 @@ from storage.rows import Ragged, Rows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+# At most 64 bytes a token, and nearest to the live teacher for them: docs/fidelity.md.
+DEFAULT_TOP_N = 4
+DEFAULT_TAIL_SAMPLES = 28
+# For students that no samples help: where there are none, and at other temperatures.
+DEFAULT_TOP_N_ALONE = 64
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_SHARD_TOKENS = 1 << 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,15 +51,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class CacheOptions:
     """What to cache, with whom, how much of it. Lengths in tokens; `max_length` None: 2048 or the teacher's context.
 
-    temperatures: besides 1. tail_samples: ids per position. engine: `EngineOptions` of the teacher.
+    temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 where vLLM's stock API
+    scores, which cannot draw, and with a server, which decided when it was started. top_n: None: DEFAULT_TOP_N with
+    samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher.
     """
 
     engine: EngineOptions
     dataset: str
     output: str
-    top_n: int = 64
+    top_n: int | None = None
     temperatures: tuple[float, ...] = ()
-    tail_samples: int = 0
+    tail_samples: int | None = None
     dtype: str = "auto"
     max_length: int | None = None
     overlong: str = "cut"
@@ -68,7 +75,18 @@ class CacheOptions:
     processes: int | None = None
 
     def statistics(self) -> StatisticsOptions:
-        return StatisticsOptions(self.top_n, self.temperatures, self.tail_samples, self.seed)
+        samples = self._samples
+        default = DEFAULT_TOP_N if samples and not self.temperatures else DEFAULT_TOP_N_ALONE
+        top_n = default if self.top_n is None else self.top_n
+        return StatisticsOptions(top_n, self.temperatures, samples, self.seed)
+
+    @property
+    def _samples(self) -> int:
+        if self.tail_samples is not None:
+            return self.tail_samples
+        engine = self.engine
+        elsewhere = engine.vllm_route == "prompt-logprobs" or engine.engine == "server" or engine.server_url
+        return 0 if elsewhere else DEFAULT_TAIL_SAMPLES
 
 
 @dataclass
@@ -102,14 +120,15 @@ def prepare(options: CacheOptions) -> PreparedCache:
     }
     config = load_config(teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
-    if options.top_n > vocabulary:
-        raise UserError(f"--top-n {options.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
+    statistics = options.statistics()
+    if statistics.top_n > vocabulary:
+        raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
     max_length = _max_length(options, config)
     identity = teacher_identity(teacher, config)
     tokenizer = load_tokenizer(teacher, **source)
     choice = choose(
         options.engine,
-        options.statistics(),
+        statistics,
         max_length=max_length,
         vocabulary_size=vocabulary,
         there=engine_of(Path(options.output)),
@@ -137,9 +156,9 @@ def prepare(options: CacheOptions) -> PreparedCache:
         scoring=ScoringOptions(
             engine=choice.engine,
             dtype=resolve_dtype(options.dtype, config) if choice.teacher is None else choice.teacher.description.dtype,
-            top_n=options.top_n,
+            top_n=statistics.top_n,
             temperatures=tuple(sorted(options.temperatures)),
-            tail_samples=options.tail_samples,
+            tail_samples=statistics.tail_samples,
             entropy=choice.gives_entropy,
             logprob_bits=options.logprob_bits,
             seed=options.seed,

@@ -20,14 +20,14 @@ micro-batches and devices: tokens that are ranked together are averaged together
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
 from stages.divergence import Direction, Divergences, StudentTerms, TeacherTerms, divergences
 from stages.ranking import RankScope
-from stages.tail import TailMode
+from stages.tail import TailChoice
 
 ObjectiveName = Literal["atkd", "kl", "tkd", "dkd", "tkd+dkd", "jsd", "tvd", "ce"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
@@ -48,7 +48,8 @@ class Objective:
     teacher and student in the divergences; ranks stay the teacher's. beta: of jsd. train_on: only these tokens have a
     loss, and means are over them. temperature: of teacher and student in the divergences, cross-entropy stays at 1;
     temperature_squared: whether they are multiplied by its square, which keeps the size of the gradients (Hinton et
-    al., 2015). tail_gamma: of the tail `prior`.
+    al., 2015). tail: a mode of `stages.tail`, or `auto`, the best one that objective and cache allow. tail_gamma: of
+    the tail `prior`.
     """
 
     name: ObjectiveName = "atkd"
@@ -57,7 +58,7 @@ class Objective:
     ce_weight: float = 0.0
     rank_scope: RankScope = "micro-batch"
     normalize: Normalization = "group"
-    tail: TailMode = "bucket"
+    tail: TailChoice = "auto"
     tail_gamma: float = 0.5
     direction: Direction = "forward"
     beta: float = 0.5
@@ -65,9 +66,26 @@ class Objective:
     temperature: float = 1.0
     temperature_squared: bool = True
 
+    @property
+    def _lumps_tail(self) -> bool:
+        return self.direction == "reverse" or self.name in ("jsd", "tvd")
+
+    def for_cache(self, *, has_samples: bool, has_prior: bool) -> Objective:
+        """The same with `auto` made the tail mode that trains best (docs/fidelity.md) among those that can be had.
+
+        has_samples, has_prior: whether the cache holds tail samples and the mean tail distribution.
+        """
+        if self.tail != "auto":
+            return self
+        if self._lumps_tail or self.name == "ce":
+            return replace(self, tail="bucket")
+        if has_samples and self.temperature == 1:
+            return replace(self, tail="sampled")
+        return replace(self, tail="prior" if has_prior else "bucket")
+
     def problem(self) -> str | None:
         """A sentence on options that do not go together, or None."""
-        if (self.direction == "reverse" or self.name in ("jsd", "tvd")) and self.tail != "bucket":
+        if self._lumps_tail and self.tail not in ("auto", "bucket"):
             what = "--direction reverse" if self.direction == "reverse" else f"--objective {self.name}"
             return f"{what} compares the tail as one lump; it needs --tail bucket, not {self.tail}"
         if self.direction == "reverse" and self.name in ("jsd", "tvd", "ce"):

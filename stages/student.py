@@ -11,7 +11,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,9 +150,15 @@ def prepare(options: StudentOptions) -> Prepared:
         raise UserError(problem)
     if options.lora_rank is not None and importlib.util.find_spec("peft") is None:
         raise UserError("--lora-rank needs peft: pip install 'teacher-logit-cache[lora]'")
-    make_tail(options.objective, caches)
+    samples = {cache.manifest.scoring.tail_samples for cache in caches}
+    objective = options.objective.for_cache(
+        has_samples=len(samples) == 1 and 0 not in samples,
+        has_prior=all(cache.tail_prior() is not None for cache in caches),
+    )
+    options = replace(options, objective=objective)
+    make_tail(objective, caches)
     for cache in caches:
-        extra_columns(options.objective, cache)
+        extra_columns(objective, cache)
     parts = [Part(cache, *split_held_out(cache, options.eval_share)) for cache in caches]
     checkpoint, finished = _previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
@@ -204,6 +210,7 @@ def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
 
     from stages.tail import Tail, log_prior
 
+    assert objective.tail != "auto", "Objective.for_cache decides it"
     if objective.tail == "sampled":
         counts = [cache.manifest.scoring.tail_samples for cache in caches]
         for cache, count in zip(caches, counts, strict=True):
@@ -379,8 +386,6 @@ def _with_lora(model: PreTrainedModel, options: StudentOptions) -> Any:
 
 def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> DistillationTrainer:
     """The trainer of a prepared run, its student loaded and its datasets open."""
-    from dataclasses import replace
-
     from transformers import PrinterCallback
 
     from stages.mixing import Mixture

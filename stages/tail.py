@@ -5,7 +5,8 @@
     drop     nothing, the kept set renormalised (what most systems do): biased, kept for comparison
     prior    spread as r_j ~ prior_j^gamma * q_j^(1-gamma) over the tail, q the student itself and held constant,
              prior the teacher's mean tail distribution over the whole cache: no bytes per token
-    sampled  the ids that were drawn from the tail when caching, each standing for 1/M of its mass: unbiased, noisy
+    sampled  the ids that were drawn from the tail when caching, each standing for 1/M of its mass: unbiased, noisy;
+             trains nearest to the live teacher (docs/fidelity.md) and is what `auto` takes where it can
 
 With `s` that shape (it sums to 1 over the tail) the teacher's tail adds, beyond the bucket's lump,
 
@@ -24,6 +25,9 @@ import torch
 
 TailMode = Literal["bucket", "drop", "prior", "sampled"]
 TAIL_MODES: tuple[str, ...] = get_args(TailMode)
+# `auto` becomes a mode when the cache is known, see Objective.for_cache.
+TailChoice = Literal["auto", "bucket", "drop", "prior", "sampled"]
+TAIL_CHOICES: tuple[str, ...] = get_args(TailChoice)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class DistillationTrainer(Trainer):
         if temperature != 1:
             rows = at_temperature(rows, inputs["tail_logmass_at"], temperature)
         self.trained_positions += len(rows)
-        teacher = teacher_terms(rows, objective.tail)
+        teacher = teacher_terms(rows, self._tail.mode)
         # Cross-entropy stays at temperature 1, which takes a second pass of the head where both are wanted.
         separate_ce = temperature != 1 and (objective.ce_weight > 0 or objective.name == "ce")
 

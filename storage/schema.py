@@ -69,7 +69,8 @@ TAIL_SAMPLES = Column(
     pa.int32(),
     "P*M",
     "token id",
-    "M ids per stored position drawn from the tail with replacement, proportional to p; -1 where the tail is empty",
+    "M ids per stored position drawn from the tail in proportion to p, one from each M-th of its mass in id order, "
+    "so an id may come twice; -1 where the tail is empty",
     optional=True,
 )
 

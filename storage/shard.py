@@ -1,7 +1,7 @@
 """One Parquet file: writing it, reading it, and the invariants that hold in it.
 
-Encodings: log-probabilities and entropy are byte-stream-split, which sets the exponents side by side for zstd;
-everything is zstd-compressed and every page carries a CRC that reading checks.
+Encodings: ids and float32 are byte-stream-split, which sets upper bytes and exponents side by side for zstd (float16
+is not: DuckDB cannot read it so); everything is zstd-compressed and every page carries a CRC that reading checks.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ class Written:
 def write_shard(path: Path, rows: Rows, manifest: Manifest, index: int) -> Written:
     """Write `rows` to `path`, atomically and durably."""
     columns = manifest.scoring.columns
-    table = rows.to_table(columns, shard_metadata(manifest, index))
-    return write_table(path, table, [f"{c.name}.list.element" for c in columns if pa.types.is_floating(c.element)])
+    return write_table(path, rows.to_table(columns, shard_metadata(manifest, index)), split_leaves(columns))
+
+
+def split_leaves(columns: Sequence[schema.Column]) -> list[str]:
+    """The leaves of a shard that are byte-stream-split."""
+    return [f"{column.name}.list.element" for column in columns if column.element in (pa.int32(), pa.float32())]
 
 
 def write_table(path: Path, table: pa.Table, split_bytes: Sequence[str]) -> Written:

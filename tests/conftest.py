@@ -128,7 +128,7 @@ def make_cache(tiny: Tiny) -> Callable[..., Any]:
     def make(output: Path, **options: Any) -> Any:
         engine = EngineOptions(str(tiny.teacher), "transformers")
         given = {"engine": engine, "dataset": str(tiny.corpus), "output": str(output), "top_n": 8}
-        given |= {"shard_tokens": 1500, "processes": 1}
+        given |= {"tail_samples": 0, "shard_tokens": 1500, "processes": 1}
         cache, _ = run(prepare(CacheOptions(**{**given, **options})), lambda tokens: None)
         return cache
 

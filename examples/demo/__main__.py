@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where everything goes")
     parser.add_argument("--teacher-steps", type=int, default=900, help="training steps of the teacher")
     parser.add_argument("--student-epochs", type=float, default=4, help="passes over the cache by each student")
-    parser.add_argument("--top-n", type=int, default=64, help="tokens kept per position")
+    parser.add_argument("--top-n", type=int, default=4, help="tokens kept per position")
     parser.add_argument("--limit-characters", type=int, help="size of the corpus (default: all there is)")
     arguments = parser.parse_args()
 

@@ -22,7 +22,12 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 )
 @click.option("--output", required=True, metavar="DIR", type=click.Path(), help="The cache to make or to go on with.")
 @click.option(
-    "--top-n", default=64, type=click.IntRange(1, 65535), help="Tokens kept per position, most probable first."
+    "--top-n",
+    default=None,
+    type=click.IntRange(1, 65535),
+    show_default="4; 64 without tail samples or with --temperature",
+    help="Tokens kept per position, most probable first. Samples stand for the rest; keep more, say 64, for students "
+    "that cannot use samples: reverse, jsd, tvd, and temperatures other than 1.",
 )
 @click.option(
     "--temperature",
@@ -34,8 +39,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 )
 @click.option(
     "--tail-samples",
-    default=0,
+    default=None,
     type=click.IntRange(0),
+    show_default="28; 0 with a server or --vllm-route prompt-logprobs",
     help="Ids drawn from the tail at each position, in proportion to their probability.",
 )
 @click.option(

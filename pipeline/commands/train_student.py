@@ -145,10 +145,11 @@ _OBJECTIVE = (
 )
 @click.option(
     "--tail",
-    default="bucket",
-    type=click.Choice(["bucket", "drop", "prior", "sampled"]),
+    default="auto",
+    type=click.Choice(["auto", "bucket", "drop", "prior", "sampled"]),
     help="What stands for the teacher outside the kept tokens: one lump; nothing; the cache's mean tail distribution; "
-    "or the tokens drawn from it (cache-teacher --tail-samples).",
+    "or the tokens drawn from it (cache-teacher --tail-samples). auto: sampled where the cache holds samples and the "
+    "objective can use them, else prior; bucket for reverse, jsd and tvd.",
 )
 @click.option(
     "--tail-gamma",
@@ -276,6 +277,7 @@ def _rows(output: str, report: dict[str, Any]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("where", output),
         ("objective", report["objective"]["name"]),
+        ("tail", report["objective"]["tail"]),
         ("steps", report["steps"]),
         ("tokens/s", f"{report['train_tokens_per_second']:,.0f}"),
     ]

@@ -9,7 +9,7 @@ import click
 from pipeline.commands import cache_teacher, train_student
 from stages import caching, engines, objective, ranking
 from stages.student import StudentOptions
-from stages.tail import TAIL_MODES
+from stages.tail import TAIL_CHOICES
 
 
 def choices(command: click.Command, name: str) -> tuple[str, ...]:
@@ -26,7 +26,7 @@ def test_choices() -> None:
     assert choices(train_student.command, "objective") == objective.OBJECTIVES
     assert choices(train_student.command, "normalize") == objective.NORMALIZATIONS
     assert choices(train_student.command, "rank_scope") == ranking.RANK_SCOPES
-    assert choices(train_student.command, "tail") == TAIL_MODES
+    assert choices(train_student.command, "tail") == TAIL_CHOICES
     assert choices(cache_teacher.command, "dtype") == caching.DTYPES
 
 

@@ -129,7 +129,9 @@ def test_without_peft_one_sentence(
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 @pytest.mark.parametrize(
-    ("more", "tolerance"), [({"gradient_checkpointing": True}, 1e-5), ({"bf16": True, "use_cpu": True}, 3e-2)], ids=lambda v: str(v)
+    ("more", "tolerance"),
+    [({"gradient_checkpointing": True}, 1e-5), ({"bf16": True, "use_cpu": True}, 3e-2)],
+    ids=lambda v: str(v),
 )
 def test_checkpointing_and_bf16_stay_close_to_plain_float32(
     more: dict[str, Any], tolerance: float, batching: str, tiny: Tiny, cache_path: Path, tmp_path: Path

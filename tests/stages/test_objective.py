@@ -132,3 +132,23 @@ def test_temperature_squared_scales_divergences_and_not_cross_entropy() -> None:
 def test_options_that_do_not_go_together_are_named(options: dict) -> None:
     assert Objective().problem() is None
     assert Objective(**options).problem()
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "prior", "chosen"),
+    [
+        ({}, True, True, "sampled"),
+        ({}, False, True, "prior"),
+        ({}, False, False, "bucket"),
+        ({"temperature": 2.0}, True, True, "prior"),
+        ({"direction": "reverse"}, True, True, "bucket"),
+        ({"name": "jsd"}, True, True, "bucket"),
+        ({"name": "tvd"}, True, True, "bucket"),
+        ({"name": "ce"}, True, True, "bucket"),
+        ({"tail": "drop"}, True, True, "drop"),
+    ],
+)
+def test_auto_becomes_a_tail_that_can_be_had(options: dict, samples: bool, prior: bool, chosen: str) -> None:
+    resolved = Objective(**options).for_cache(has_samples=samples, has_prior=prior)
+    assert resolved.tail == chosen
+    assert resolved.problem() is None

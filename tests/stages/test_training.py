@@ -183,7 +183,9 @@ def test_trainer_arguments_reach_trainer_from_line_and_file(
 )
 def test_every_kind_of_objective_trains(objective: Objective, tiny: Tiny, rich_cache: Path, tmp_path: Path) -> None:
     given = options(tiny, rich_cache, tmp_path / "out", objective=objective, trainer={"max_steps": 30})
-    losses = [entry for entry in train(prepare(given))["log"] if "loss" in entry]
+    report = train(prepare(given))
+    assert report["objective"]["tail"] == objective.for_cache(has_samples=True, has_prior=True).tail != "auto"
+    losses = [entry for entry in report["log"] if "loss" in entry]
     assert losses[-1]["loss"] < losses[0]["loss"]
     # The decomposition is logged beside each loss.
     assert {"tkd_easy", "tkd_hard", "dkd_easy", "dkd_hard", "unc_easy", "unc_hard"} <= set(losses[0])
