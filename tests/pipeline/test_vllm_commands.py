@@ -166,14 +166,11 @@ def test_completions_resume_and_are_scored(teacher: Path, tiny: Tiny, tmp_path: 
     assert generate(tmp_path / "again.jsonl", "--vllm-arg", "no_such=1").returncode == 2
     started = generate(tmp_path / "other.jsonl", "--token-ids")
     assert started.returncode == 0, started.stderr
-    from stages.generation import GenerateOptions, _identity, prepare
-    from stages.pretrained import load_config
+    from stages.generation import GenerateOptions, prepare
     from storage.files import write_json
 
     options = GenerateOptions(str(teacher), str(prompts), str(tmp_path / "again.jsonl"), max_new_tokens=8, samples=2)
-    prepared = prepare(options)
-    encoded = [(p.row, p.ids) for p in prepared.prompts if p.sample == 0]
-    write_json(Path(f"{partial}.json"), _identity(options, load_config(str(teacher)), encoded))
+    write_json(Path(f"{partial}.json"), prepare(options).identity)
     partial.write_bytes(b"".join(lines[:5]) + lines[5][:7])
     resumed = generate(tmp_path / "again.jsonl")
     assert resumed.returncode == 0, resumed.stderr

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from stages import teacher_vllm
+from stages import vllm_prompt_logprobs
 from stages.corpus import Sequence
 from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
 from stages.teacher import Scored
-from stages.teacher_vllm import VllmTeacher, can_serve
+from stages.teacher_vllm import VllmTeacher
+from stages.vllm_engine import can_serve
 from storage.errors import RunError, UserError
 
 needs_vllm = pytest.mark.skipif(
@@ -420,9 +421,7 @@ def test_prompt_logprobs_refuse_by_name(options: StatisticsOptions, named: str) 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[..., Any] = importlib.util.find_spec
-    monkeypatch.setattr(
-        teacher_vllm.importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
     assert can_serve("anything") == (False, "vLLM is not installed")
     with pytest.raises(UserError, match=r"pip install 'teacher-logit-cache\[vllm\]'"):
         VllmTeacher("anything", OPTIONS, max_length=8)
@@ -433,9 +432,9 @@ def test_the_tail_of_the_stock_route_is_bounded() -> None:
     ids = np.array([[1, 5], [7, 8], [3, 4]])
     top = np.log(np.array([[0.6, 0.3], [0.5, 0.25], [1 - 1e-9, 1e-9]])).astype(np.float32)
     gold = np.log(np.array([0.6, 0.05, 1 - 1e-9])).astype(np.float32)
-    scored = teacher_vllm.scored_from_logprobs(sequence, ids, top, gold, 50)
+    scored = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids, top, gold, 50)
     # Gold inside, gold outside, and a tail under the noise: 48 ids of at most 1e-9.
     np.testing.assert_allclose(np.exp(scored.tail_logmass), [0.1, 0.2, 48e-9], rtol=1e-4)
     assert scored.top_ids.tolist() == [[1, 5], [3, 4]]
-    whole = teacher_vllm.scored_from_logprobs(sequence, ids % 3, top, gold * 0 - 1.0, 2)
+    whole = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids % 3, top, gold * 0 - 1.0, 2)
     assert np.isneginf(whole.tail_logmass[0])
