@@ -247,7 +247,10 @@ _SET_HERE: dict[str, str] = {}
 
 
 def default_environment(workers: int) -> None:
-    """What the CPU back-end needs and nobody has chosen: a small cache, and the cores shared out among the workers."""
+    """What the CPU back-end needs and nobody has chosen: a small cache, the cores shared out among the workers, and
+    an allocator that keeps the pages of the logits (glibc's gives them back and faults them in again at each step: a
+    fifth of the time of scoring with a vocabulary of 152k).
+    """
     if not on_cpu():
         return
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -256,6 +259,7 @@ def default_environment(workers: int) -> None:
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in shares) or "auto",
+        "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={1 << 32}:glibc.malloc.trim_threshold={1 << 32}",
     }
     for name, value in defaults.items():
         if os.environ.get(name) in (None, _SET_HERE.get(name)):
