@@ -236,17 +236,17 @@ def ceiling_job(arguments: argparse.Namespace) -> Job:
 
 
 def generating(arguments: argparse.Namespace, **more: Any) -> Any:
-    import stages.teacher_vllm as module
+    from stages.vllm_engine import default_environment, import_vllm, on_cpu
 
-    module._import_vllm()
-    module._default_environment(1)
+    import_vllm()
+    default_environment(1)
     from vllm import LLM
 
     return LLM(
         arguments.model,
         dtype=arguments.dtype,
         skip_tokenizer_init=True,
-        enforce_eager=module._on_cpu(),
+        enforce_eager=on_cpu(),
         enable_prefix_caching=False,
         max_model_len=arguments.prompt_length + 1,
         disable_log_stats=True,
@@ -272,7 +272,7 @@ def dicts_job(arguments: argparse.Namespace) -> Job:
     from vllm import SamplingParams
 
     from stages.caching import rows_from_scored
-    from stages.teacher_vllm import scored_from_logprobs
+    from stages.vllm_prompt_logprobs import scored_from_logprobs
 
     n = arguments.top_n
     llm = generating(arguments, max_logprobs=n, hf_overrides={"head_dtype": "float32"})

@@ -22,6 +22,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.progress import printable
+from pipeline.threads import bound_spinning
 from storage.errors import UserError
 
 DISTRIBUTION = "teacher-logit-cache"
@@ -267,9 +268,7 @@ def run(args: Sequence[str] | None = None, command: click.Command = main) -> int
         command.main(prog_name=PROGRAM)  # The shell asks for completions; this does not return.
     args = list(sys.argv[1:] if args is None else args)
     debug = _wants_debug(args)
-    # Torch's threads spin long while they wait, which is fine on idle cores and ruinous on shared ones: a training
-    # step beside one busy process ran 1.5 times faster with this bound, and as fast as before on an idle machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    bound_spinning()
     if not debug:
         _quiet_libraries()
     try:

@@ -74,13 +74,10 @@ def choose(
                 f"--vllm-arg and --vllm-route belong to --engine vllm; this would run on {engine} ({reason})"
             )
         return Choice(engine, reason)
-    from stages.teacher_vllm import can_serve, check_engine_args, refuse_beyond_logprobs
+    from stages.vllm_engine import check_engine_args, check_serves
+    from stages.vllm_prompt_logprobs import refuse_beyond_logprobs
 
-    serves, why = can_serve(options.teacher, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    if not serves:
-        from stages.teacher_vllm import NOT_INSTALLED
-
-        raise UserError(NOT_INSTALLED if "not installed" in why else why)
+    check_serves(options.teacher, revision=options.revision, trust_remote_code=options.trust_remote_code)
     check_engine_args(options.vllm_args, max_length)
     if options.vllm_route == "prompt-logprobs":
         refuse_beyond_logprobs(statistics, "--vllm-route prompt-logprobs")
@@ -93,7 +90,7 @@ def _automatic(options: EngineOptions, there: str | None) -> tuple[str, str]:
         return "server", "a --server-url is given"
     if there in ("transformers", "vllm"):
         return there, "it began this cache"
-    from stages.teacher_vllm import can_serve
+    from stages.vllm_engine import can_serve
 
     serves, why = can_serve(options.teacher, revision=options.revision, trust_remote_code=options.trust_remote_code)
     return ("vllm" if serves else "transformers"), why

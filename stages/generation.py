@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stages.identity import teacher_identity
 from stages.pretrained import load_config, load_tokenizer
 from stages.sources import load_rows
-from storage.errors import RunError, UserError
+from storage.errors import UserError
 from storage.files import sync_directory, write_json
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Prompt:
 
 @dataclass
 class PreparedGeneration:
-    """Checked, tokenised and ready; `done` lines of the output are there already."""
+    """Checked, tokenised and ready. identity: what must agree for lines that are there already to belong to this
+    command; `done` of them are."""
 
     options: GenerateOptions
     tokenizer: PreTrainedTokenizerBase
@@ -74,24 +75,28 @@ class PreparedGeneration:
     column: str
     chat: bool
     max_length: int
-    done: int
+    identity: dict[str, Any]
+    done: int = 0
 
     @property
     def partial(self) -> Path:
         return Path(f"{self.options.output}.partial")
 
+    @property
+    def marker(self) -> Path:
+        """Holds the identity for as long as `partial` is there."""
+        return Path(f"{self.partial}.json")
+
 
 def prepare(options: GenerateOptions) -> PreparedGeneration:
     """Raises UserError, with nothing written, for whatever can be told before the model is loaded."""
-    from stages.teacher_vllm import NOT_INSTALLED, can_serve, check_engine_args
+    from stages.vllm_engine import check_engine_args, check_serves
 
     if Path(options.output).exists():
         raise UserError(f"{options.output}: exists already; name another --output or move it away")
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model, **source)
-    serves, why = can_serve(options.model, **source)
-    if not serves:
-        raise UserError(NOT_INSTALLED if "not installed" in why else why)
+    check_serves(options.model, **source)
     check_engine_args(options.vllm_args, options.max_length or 0)
     tokenizer = load_tokenizer(options.model, **source)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -114,18 +119,17 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     prompts = [
         Prompt(row, ids, index, sample) for index, (row, ids) in enumerate(encoded) for sample in range(options.samples)
     ]
-    prepared = PreparedGeneration(options, tokenizer, prompts, column, chat, max_length, 0)
-    prepared.done = _lines_done(prepared, _identity(options, config, encoded))
+    identity = _identity(options, config, encoded)
+    prepared = PreparedGeneration(options, tokenizer, prompts, column, chat, max_length, identity)
+    prepared.done = _lines_done(prepared)
     return prepared
 
 
 def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> int:
     """Write what is left; returns the number of completions. `progress` gets new tokens. Raises RunError."""
     options = prepared.options
-    marker = _marker(prepared)
-    identity = _identity(options, None, [(p.row, p.ids) for p in prepared.prompts if p.sample == 0])
-    if not marker.exists():
-        write_json(marker, identity)
+    if not prepared.marker.exists():
+        write_json(prepared.marker, prepared.identity)
     engine = _Engine(prepared) if prepared.done < len(prepared.prompts) else None
     with open(prepared.partial, "ab") as file:
         for start in range(prepared.done, len(prepared.prompts), WINDOW):
@@ -140,7 +144,7 @@ def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> int:
             progress(sum(len(ids) for ids, _ in answers))
     os.replace(prepared.partial, options.output)
     sync_directory(Path(options.output).absolute().parent)
-    marker.unlink(missing_ok=True)
+    prepared.marker.unlink(missing_ok=True)
     return len(prepared.prompts)
 
 
@@ -148,7 +152,7 @@ class _Engine:
     """vLLM generating from token ids."""
 
     def __init__(self, prepared: PreparedGeneration) -> None:
-        from stages.teacher_vllm import generating_llm
+        from stages.vllm_engine import generating_llm
 
         options = prepared.options
         self._prepared = prepared
@@ -168,6 +172,8 @@ class _Engine:
         """New token ids of each prompt, the end token included, and why it ended (stop or length)."""
         from vllm import SamplingParams
 
+        from stages.vllm_engine import engine_error, memory_options
+
         options = self._prepared.options
         parameters = [
             SamplingParams(
@@ -184,12 +190,7 @@ class _Engine:
         try:
             outputs = self._guard.call(lambda: self._llm.generate(prompts, parameters, use_tqdm=False))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            what = "died" if type(error).__name__ in ("EngineDeadError", "EngineKilled") else f"failed ({reason})"
-            raise RunError(
-                f"the vLLM engine {what}; if it ran out of memory, lower --vllm-arg "
-                "max_num_batched_tokens=… or gpu_memory_utilization=…; start the same command again to go on"
-            ) from error
+            raise engine_error(error, memory_options(self._llm.llm_engine.vllm_config)) from error
         return [(list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason)) for output in outputs]
 
 
@@ -251,10 +252,6 @@ def _prompt_ids(tokenizer: Any, value: Any, chat: bool, where: str) -> list[int]
 
 
 def _identity(options: GenerateOptions, config: Any, encoded: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
-    """What must agree for lines already written to belong to this command."""
-    config = config or load_config(
-        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
     digest = hashlib.sha256()
     for row, ids in encoded:
         digest.update(json.dumps([row, ids], sort_keys=True, default=str).encode())
@@ -266,13 +263,9 @@ def _identity(options: GenerateOptions, config: Any, encoded: list[tuple[dict[st
     }
 
 
-def _marker(prepared: PreparedGeneration) -> Path:
-    return Path(f"{prepared.partial}.json")
-
-
-def _lines_done(prepared: PreparedGeneration, identity: dict[str, Any]) -> int:
+def _lines_done(prepared: PreparedGeneration) -> int:
     """Whole lines of an earlier, killed run of this command; half a line at its end is cut off."""
-    marker = _marker(prepared)
+    marker, identity = prepared.marker, prepared.identity
     if not prepared.partial.exists() and not marker.exists():
         return 0
     try:

@@ -114,7 +114,14 @@ def row_statistics(
     nongold = tail + top_p.masked_fill(top_is_gold, 0.0).sum(1)
     # + 0.0 turns the -0.0 of a certain gold into 0.0.
     gold_logprob = -torch.nn.functional.softplus(nongold.log() - (gold_x - log_z).squeeze(1)) + 0.0
-    top_logprobs = torch.where(top_is_gold, gold_logprob[:, None], top_x - log_z)
+    top_logprobs = top_x - log_z
+    # Gold's own number is the more exact one. Where it ties with others, rounding must not put it out of order: who
+    # stands before it is not below it, who stands after it not above.
+    inside = top_is_gold.any(1, keepdim=True)
+    before = inside & (top_is_gold.cumsum(1) == 0)
+    top_logprobs = torch.where(before, top_logprobs.maximum(gold_logprob[:, None]), top_logprobs)
+    top_logprobs = torch.where(inside & ~before, top_logprobs.minimum(gold_logprob[:, None]), top_logprobs)
+    top_logprobs = torch.where(top_is_gold, gold_logprob[:, None], top_logprobs)
 
     rows = p.new_ones(len(p)) if prior_rows is None else prior_rows.to(p)
     tail_sum = None if prior_sum is None else rows @ tail_p

@@ -367,18 +367,19 @@ def load_student(prepared: Prepared) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
     else:
         model = load_causal_lm(options.student, dtype=dtype, **source)
-    return model if options.lora_rank is None else _with_lora(model, options)
+    return model if options.lora_rank is None else _with_lora(model, options, options.lora_rank)
 
 
-def _with_lora(model: PreTrainedModel, options: StudentOptions) -> Any:
+def _with_lora(model: PreTrainedModel, options: StudentOptions, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha  # type: ignore[operator]
+    # peft says int and takes any number: adapters are scaled by alpha / rank.
+    alpha: Any = 2 * rank if options.lora_alpha is None else options.lora_alpha
     target: Any = "all-linear" if options.lora_target == ("all-linear",) else list(options.lora_target)
     try:
         return get_peft_model(
             model,
-            LoraConfig(task_type="CAUSAL_LM", r=options.lora_rank, lora_alpha=alpha, target_modules=target),
+            LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=target),
         )
     except ValueError as error:
         raise UserError(f"--lora-target: {' '.join(str(error).split())[:300]}") from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stages.corpus import Sequence as TokenSequence
+from storage.errors import RunError, UserError
 
 
 @dataclass
@@ -68,3 +69,26 @@ class Teacher(ABC):
 
     def close(self) -> None:  # noqa: B027 - most teachers hold nothing to give back
         """Free the accelerator and end any process of the engine."""
+
+
+def check_sequences(sequences: Sequence[TokenSequence], max_length: int, vocabulary_size: int | None) -> None:
+    """UserError for a sequence that the engine could only refuse."""
+    for sequence in sequences:
+        ids = sequence.input_ids
+        if not 2 <= len(ids) <= max_length:
+            raise UserError(
+                f"sequence {sequence.sequence_id} has {len(ids)} ids; the teacher takes 2 to {max_length} of them"
+            )
+        if vocabulary_size is not None and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary_size):
+            raise UserError(
+                f"sequence {sequence.sequence_id} holds id {int(ids.max())}, the teacher's vocabulary has "
+                f"{vocabulary_size}: the corpus was tokenized for another model"
+            )
+
+
+def refuse_non_finite(sequence: TokenSequence, *values: np.ndarray) -> None:
+    if not all(np.isfinite(v).all() for v in values):
+        raise RunError(
+            f"the teacher gave a non-finite log-probability in sequence {sequence.sequence_id}; "
+            "try --dtype float32 or bfloat16"
+        )

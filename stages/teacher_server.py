@@ -27,9 +27,10 @@ import numpy as np
 
 from stages.corpus import Sequence as TokenSequence
 from stages.statistics import StatisticsOptions
-from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher
-from stages.teacher_vllm import check_sequences, refuse_beyond_logprobs, scored_from_logprobs, scored_from_packed
+from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher, check_sequences
 from stages.vllm_plugin import CONFIG_KEY, PackedStatistics, options_to_config, statistics_architecture
+from stages.vllm_pooling import scored_from_packed
+from stages.vllm_prompt_logprobs import refuse_beyond_logprobs, scored_from_logprobs
 from storage.errors import RunError, UserError
 
 # Worth another try: the server is busy, restarting, or behind a proxy that is.
@@ -67,7 +68,7 @@ class ServerTeacher(Teacher):
     without our pooler, which does not tell. concurrency: requests at a time. api_key: sent as a bearer token.
 
     `tail_prior_sum` is None: it would cost V numbers per request. Without our pooler also `entropy` is NaN and
-    `tail_logmass` is bounded as `VllmTeacher` says of its `prompt-logprobs` route.
+    `tail_logmass` is bounded as `stages.vllm_prompt_logprobs` says.
 
     Raises UserError where nothing answers at `url`, or something other than what was expected.
     """

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.threads import bound_spinning
+
 # Before torch is imported: threads that wait by spinning starve the processes that some tests start.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+bound_spinning()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

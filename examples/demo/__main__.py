@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.threads import bound_spinning
+
 OBJECTIVES = ("ce", "kl", "atkd")
 
 
@@ -28,7 +30,7 @@ def main() -> int:
     parser.add_argument("--limit-characters", type=int, help="size of the corpus (default: all there is)")
     arguments = parser.parse_args()
 
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    bound_spinning()
     output: Path = arguments.output
     make_teacher(output, arguments.teacher_steps, arguments.limit_characters)
     announce("3/4", "run the teacher once over text it has not trained on, and keep what it believed")

