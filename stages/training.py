@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -27,6 +28,9 @@ from stages.packing import check_packing
 from stages.shard_dataset import Collator, teacher_rows
 from stages.tail import Tail
 from storage.errors import RunError, UserError
+
+# A worker under a fork server has that for a parent and would not notice when the run itself is killed.
+_START_METHOD = "fork" if sys.platform == "linux" else None
 
 
 class DistillationTrainer(Trainer):
@@ -68,6 +72,7 @@ class DistillationTrainer(Trainer):
         self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
         self.loss_is_scaled_for_ga = self._over_step
         self._decomposition = Decomposition(self.args.device)
+        self._train_loader: _EpochLoader | None = None
         self.trained_positions = 0
         self.evaluation_seconds = 0.0
         if self._plan.batching == "packed":
@@ -156,6 +161,7 @@ class DistillationTrainer(Trainer):
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
+        batches = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
         tokens = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
         if self.objective.rank_scope == "global-batch":
             self._rank_step(batches, device)
@@ -182,28 +188,30 @@ class DistillationTrainer(Trainer):
             device=self.args.process_index,
         )
         mixture: Any = self.train_dataset
-        # Not prepared by accelerate, which would deal the batches out to devices once more.
-        return self._loader(
-            mixture,
-            self.data_collator,
-            batch_sampler=EpochBatches(mixture, plan, self._data_seed, self._lengths),
-            persistent_workers=self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0,
-        )
-
-    def _loader(self, dataset: Dataset, collate: Any, **options: Any) -> DataLoader:
         workers = self.args.dataloader_num_workers
-        return _EpochLoader(
-            dataset,
-            collate_fn=collate,
+        # Not prepared by accelerate, which would deal the batches out to devices once more.
+        self._train_loader = _EpochLoader(
+            mixture,
+            batch_sampler=EpochBatches(mixture, plan, self._data_seed, self._lengths),
+            collate_fn=_AsArrays(self.data_collator),
             num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            multiprocessing_context=(self.args.dataloader_multiprocessing_context or _START_METHOD)
+            if workers
+            else None,
             worker_init_fn=_leave_interrupts_to_the_main_process,
             # Its own, so that a loader that starts anew in a resumed run takes nothing from the students' randomness.
             generator=torch.Generator(),
-            **options,
         )
+        return self._train_loader
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._train_loader is not None:
+                self._train_loader.close()
 
     @property
     def _data_seed(self) -> int:
@@ -211,9 +219,8 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset: Any = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
-        return self.accelerator.prepare(
-            self._loader(dataset, self._eval_collator, batch_size=self.args.eval_batch_size)
-        )
+        loader: DataLoader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self._eval_collator)
+        return self.accelerator.prepare(loader)
 
     def evaluation_loop(
         self,
@@ -262,12 +269,34 @@ class DistillationTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _AsArrays:
+    """A collator whose batches leave a worker as arrays, by value: tensors would pass through shared memory, of which
+    containers have little, and through a thread that complains when it is interrupted.
+    """
+
+    collate: Any
+
+    def __call__(self, sequences: Any) -> dict[str, np.ndarray] | UserError:
+        batch = self.collate(sequences)
+        return batch if isinstance(batch, UserError) else {name: tensor.numpy() for name, tensor in batch.items()}
+
+
 class _EpochLoader(DataLoader):
     """Hands on the epoch that Trainer sets. Where it skips batches, it finds the batch sampler by itself."""
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.batch_sampler, EpochBatches):
             self.batch_sampler.set_epoch(epoch)
+
+    def close(self) -> None:
+        """End persistent workers now. A garbage collector closes their queues before it could tell them to stop, waits
+        five seconds and terminates them.
+        """
+        iterator: Any = self._iterator
+        self._iterator = None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
