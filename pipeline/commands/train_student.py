@@ -51,9 +51,9 @@ _OBJECTIVE = (
 @click.option(
     "--shards",
     required=True,
-    metavar="DIR",
+    metavar="DIR_OR_URL",
     type=click.Path(),
-    help="The cache: the --output of `pipeline cache-teacher`.",
+    help="The cache: the --output of `pipeline cache-teacher`, or where it was pushed.",
 )
 @click.option(
     "--output",

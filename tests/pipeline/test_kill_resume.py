@@ -258,7 +258,7 @@ def test_the_same_command_makes_lost_and_damaged_shards_again(
     cache.shard_path(2).unlink()
     cache.receipt_path(3).unlink()
     cache.receipt_path(5).write_text("{")
-    for damaged in (cache.shard_path(7), cache._tail_sum_path(11)):
+    for damaged in (cache.shard_path(7), cache.tail_sum_path(11)):
         raw = bytearray(damaged.read_bytes())
         raw[100] ^= 1
         damaged.write_bytes(raw)
