@@ -126,6 +126,8 @@ def _extract(file: Path, target: Path) -> None:
             if not member.isreg():
                 raise CacheError(f"{file}: member {member.name!r} is no plain file; nothing was unpacked")
             path = target.joinpath(*name.parts)
+            if path.exists():
+                raise CacheError(f"{file}: member {member.name!r} stands twice; nothing was unpacked")
             path.parent.mkdir(parents=True, exist_ok=True)
             source = tar.extractfile(member)
             assert source is not None
@@ -133,3 +135,6 @@ def _extract(file: Path, target: Path) -> None:
                 shutil.copyfileobj(source, written, _CHUNK)
                 written.flush()
                 os.fsync(written.fileno())
+        # To the end, where zstd's own checksum stands.
+        while stream.read(_CHUNK):
+            pass

@@ -261,9 +261,11 @@ class Cache:
     def _check_file(self, index: int, fetch: bool) -> Receipt:
         receipt = self.receipt(index)
         path = self.shard_path(index)
-        if not path.exists():
-            raise CacheError(f"{path}: shard {index} is missing")
-        if (size := path.stat().st_size) != receipt.bytes:
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CacheError(f"{path}: shard {index} is missing") from None
+        if size != receipt.bytes:
             raise CacheError(f"{path}: {size} bytes, its receipt says {receipt.bytes}")
         if isinstance(path, RemotePath):
             if not fetch:
