@@ -63,13 +63,13 @@ def test_caching_straight_into_a_bucket(
     one_sentence(pipeline(*words), 1, f"{URL}/shards/part-00002.parquet", "after 5 tries")
     s3.faults.clear()
     ended = pipeline(*words)
-    assert ended.code == 0 and "2 of 4 shards are done already" in ended.err, ended.err
+    assert ended.code == 0 and "2 of 6 shards are done already" in ended.err, ended.err
     assert pipeline("pull", URL, tmp_path / "back").code == 0
     ours, theirs = files(tmp_path / "back"), files(cache_path)
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if ours[name] != theirs[name]} <= {n for n in ours if n.endswith("json")}
     s3.seen.clear()
-    assert "4 of 4 shards are done already" in pipeline(*words).err
+    assert "6 of 6 shards are done already" in pipeline(*words).err
     assert s3.requests("PUT") == 0
     one_sentence(pipeline(*words, "--top-n", 4), 2, URL, "holds another cache", "top_n: 8, not 4")
     words[6] = "s3://nobucket/cache"
@@ -79,13 +79,13 @@ def test_caching_straight_into_a_bucket(
 def test_a_part_to_look_at(pipeline: Pipeline, tiny: Tiny, cache_path: Path, s3: Proxy, tmp_path: Path) -> None:
     assert pipeline("push", cache_path, URL).code == 0
     part = tmp_path / "part"
-    assert "2 of 4 shards" in pipeline("pull", URL, part, "--shards", "1:3").out
+    assert "2 of 6 shards" in pipeline("pull", URL, part, "--shards", "1:3").out
     lines = shown(pipeline("inspect", part))
-    assert "shards: 2 of 4" in lines
+    assert "shards: 2 of 6" in lines
     assert "2 shards" in pipeline("verify", part).out
     one_sentence(pipeline("inspect", part, "--sequence", 0), 2, "--sequence 0: is in shard 0, which was not pulled")
-    one_sentence(pipeline(*training(tiny, part, tmp_path / "out")), 2, "holds 2 of 4 shards", "pull` the rest")
-    one_sentence(pipeline("push", part, "s3://bucket/part"), 2, "holds 2 of 4 shards")
+    one_sentence(pipeline(*training(tiny, part, tmp_path / "out")), 2, "holds 2 of 6 shards", "pull` the rest")
+    one_sentence(pipeline("push", part, "s3://bucket/part"), 2, "holds 2 of 6 shards")
     assert pipeline("bundle", part, tmp_path / "part.tar.zst").code == 0
     assert "2 shards" in pipeline("unbundle", tmp_path / "part.tar.zst", tmp_path / "there").out
     assert shown(pipeline("inspect", tmp_path / "there")) == lines
@@ -93,10 +93,10 @@ def test_a_part_to_look_at(pipeline: Pipeline, tiny: Tiny, cache_path: Path, s3:
     assert files(part) == files(cache_path)
 
 
-@pytest.mark.parametrize("shards", ["4:9", "2:2", "a:b", "3", "-1:2", ""])
+@pytest.mark.parametrize("shards", ["6:9", "2:2", "a:b", "3", "-1:2", ""])
 def test_shards_that_are_none(pipeline: Pipeline, cache_path: Path, tmp_path: Path, shards: str) -> None:
     ended = pipeline("pull", f"file://{cache_path}", tmp_path / "back", "--shards", shards)
-    one_sentence(ended, 2, f"--shards {shards}: wants FIRST:STOP", "4 shards")
+    one_sentence(ended, 2, f"--shards {shards}: wants FIRST:STOP", "6 shards")
     assert not (tmp_path / "back").exists()
 
 
@@ -146,6 +146,6 @@ def test_no_push_over_another_cache(
 def test_by_hand_to_a_machine_without_network(pipeline: Pipeline, cache_path: Path, tmp_path: Path) -> None:
     assert pipeline("bundle", cache_path, tmp_path / "cache.tar.zst").code == 0
     ended = pipeline("unbundle", tmp_path / "cache.tar.zst", tmp_path / "there")
-    assert "4 shards, all sound" in ended.out
+    assert "6 shards, all sound" in ended.out
     assert files(tmp_path / "there") == files(cache_path)
     one_sentence(pipeline("unbundle", tmp_path / "cache.tar.zst", cache_path), 2, "exists already")
