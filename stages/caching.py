@@ -234,7 +234,9 @@ def _versions() -> dict[str, str]:
 
 def pending_shards(cache: Cache) -> list[int]:
     """Shards that are not there, or not whole; a damaged one is made again."""
-    return [index for index in range(len(cache.manifest.shards)) if not cache.is_done(index)]
+    with ThreadPoolExecutor() as readers:
+        done = list(readers.map(cache.is_done, range(len(cache.manifest.shards))))
+    return [index for index, is_done in enumerate(done) if not is_done]
 
 
 def cache_shards(

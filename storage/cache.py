@@ -259,8 +259,9 @@ class Cache:
             raise CacheError(f"{self.shard_path(index)}: cannot be read ({error.strerror or error})") from None
 
     def _check_file(self, index: int, fetch: bool) -> Receipt:
-        receipt = self.receipt(index)
         path = self.shard_path(index)
+        known = isinstance(path, RemotePath) and not fetch
+        receipt = self._known_receipt(index) if known else self.receipt(index)
         try:
             size = path.stat().st_size
         except FileNotFoundError:
@@ -307,6 +308,7 @@ class Cache:
             seconds=seconds,
         )
         write_model(self.receipt_path(index), receipt)
+        self._receipts.pop(index, None)
         return receipt
 
     def read_shard(self, index: int, columns: Sequence[str] | None = None) -> Rows:

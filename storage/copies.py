@@ -8,6 +8,7 @@ The least recently used ones give way. `PIPELINE_COPIES` names the folder (defau
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import IO
 
 from storage.errors import CacheError, UserError
-from storage.files import HashingFile, remove_temporaries, temporary_for
+from storage.files import HashingFile, is_temporary, remove_temporaries, temporary_for
 from storage.places import CHUNK, RemotePath
 
 FOLDER_VARIABLE = "PIPELINE_COPIES"
 BYTES_VARIABLE = "PIPELINE_COPIES_BYTES"
 DEFAULT_BYTES = 20 << 30
+_NAME = re.compile("[0-9a-f]{64}")
 # Shards fetched at a time ahead of the reader.
 PREFETCHERS = 2
 
@@ -94,12 +96,13 @@ def _make_room(path: Path, size: int) -> None:
     found: list[tuple[float, int, Path]] = []
     for entry in os.scandir(path):
         with suppress(FileNotFoundError):
-            if entry.is_file(follow_symlinks=False):
+            # Whatever else lies in the folder that a person named is not ours.
+            if entry.is_file(follow_symlinks=False) and (_NAME.fullmatch(entry.name) or is_temporary(entry.name)):
                 found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
     total = size + sum(each[1] for each in found)
     for _, bytes_, copy in sorted(found):
         if total <= limit():
             return
-        if not copy.name.startswith("."):
+        if not is_temporary(copy.name):
             copy.unlink(missing_ok=True)
             total -= bytes_

@@ -121,6 +121,11 @@ def write_json(path: Place, value: Any, *, exclusive: bool = False) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), exclusive=exclusive)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is still being written, or was left by a killed writer."""
+    return name.startswith(_TEMPORARY)
+
+
 def remove_temporaries(directory: Path) -> None:
     """Remove the files and folders that killed writers left, never one of a writer that may still be at work."""
     for path in directory.glob(f"{_TEMPORARY}*"):

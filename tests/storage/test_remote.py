@@ -129,6 +129,7 @@ def test_a_shard_is_fetched_once(local: Cache, remote: Cache, s3: Proxy) -> None
 
 def test_copies_stay_within_their_bound(remote: Cache, s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [receipt.bytes for receipt in remote.receipts()]
+    (copies.folder() / "thesis.tex").touch()
     monkeypatch.setenv("PIPELINE_COPIES_BYTES", str(max(sizes) * 2 + 10))
     for index in (0, 1, 0, 2, 0, 1):
         remote.read_shard(index)
@@ -137,6 +138,7 @@ def test_copies_stay_within_their_bound(remote: Cache, s3: Proxy, monkeypatch: p
         time.sleep(0.01)  # apart in time of use
     # The least recently used gave way: 1 for 2, then 2 for 1.
     assert [s3.requests("GET", f"part-0000{index}.parquet") for index in range(SHARDS)] == [1, 2, 1]
+    assert (copies.folder() / "thesis.tex").exists()
     monkeypatch.setenv("PIPELINE_COPIES_BYTES", "many")
     with pytest.raises(UserError, match="PIPELINE_COPIES_BYTES=many: wants a number"):
         remote.read_shard(2)
