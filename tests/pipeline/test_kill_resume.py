@@ -226,7 +226,7 @@ def test_cache_teacher_killed_at_random_moments(
     ("function", "times", "needle"),
     [
         ("os:replace", 1, "tokenizer"),
-        ("stages.caching:sync_directory", 1, ""),
+        ("storage.cache:sync_directory", 1, ""),
         ("storage.cache:write_bytes", 1, "README.md"),
         ("storage.files:os.replace", 1, "tail_prior"),
         ("transformers.tokenization_utils_base:PreTrainedTokenizerBase.save_pretrained", 1, ""),
