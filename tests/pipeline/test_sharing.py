@@ -134,6 +134,20 @@ def test_a_server_that_is_gone(pipeline: Pipeline, s3: Proxy) -> None:
     one_sentence(pipeline("inspect", URL), 1, URL, "after 5 tries")
 
 
+def test_a_bucket_that_may_not_be_read(pipeline: Pipeline, s3: Proxy) -> None:
+    s3.faults.append(Fault("403", 10**6))
+    one_sentence(pipeline("verify", URL), 1, URL, "access denied; check the credentials")
+    assert len(s3.seen) == 1
+
+
+def test_workers_read_from_the_bucket(
+    pipeline: Pipeline, tiny: Tiny, cache_path: Path, s3: Proxy, tmp_path: Path
+) -> None:
+    assert pipeline("push", cache_path, URL).code == 0
+    ended = pipeline(*training(tiny, URL, tmp_path / "out"), "--trainer", "dataloader_num_workers=2")
+    assert ended.code == 0, ended.err
+
+
 def test_no_push_over_another_cache(
     pipeline: Pipeline, make_cache: Callable, cache_path: Path, s3: Proxy, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ Matches = Callable[[str, str], bool]  # of method and path
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match: `500`, `cut` (half the answer), `slow`, `drop`."""
+    """What happens to the next `times` requests that match: `500`, `403`, `cut` (half the answer), `slow`, `drop`."""
 
     kind: str
     times: int = 1
@@ -68,8 +68,8 @@ def proxy_to(port: int) -> Iterator[Proxy]:
             if kind == "drop":
                 self.close_connection = True
                 return
-            if kind == "500":
-                self.send_response(500)
+            if kind in ("500", "403"):
+                self.send_response(int(kind))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
