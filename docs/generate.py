@@ -42,6 +42,7 @@ cache/
   shards/part-00000.parquet  the rows of a fixed range of sequences
   shards/part-00000.json     its receipt: rows, tokens, bytes, sha256; a shard without one does not exist
   tail_sums/part-00000.parquet   its summed tail, float64, from which the mean is made
+  partial.json               only where `pipeline pull --shards` left shards out: the numbers of those that are here
 ```
 
 ## Columns of a shard

@@ -23,7 +23,7 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
         ("sequences", f"{numbers.sequences:,}"),
         ("tokens", f"{numbers.tokens:,}"),
         ("positions with a loss", f"{numbers.stored_positions:,}"),
-        ("shards", f"{numbers.shards:,}"),
+        ("shards", f"{numbers.shards:,}" + (f" of {len(manifest.shards):,}" if cache.is_partial else "")),
         ("top-N", f"{scoring.top_n} of {manifest.vocabulary_size:,}"),
         ("size", format_bytes(numbers.bytes)),
         ("bytes per token", f"{numbers.bytes_per_token:.1f}"),

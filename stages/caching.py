@@ -8,7 +8,6 @@ is waiting, so memory holds two shards and never more.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,8 +28,8 @@ from stages.teacher import Scored, ScoredSequence, Teacher
 from storage import schema
 from storage.cache import Cache
 from storage.errors import RunError, UserError
-from storage.files import sync_directory, temporary_for
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions
+from storage.places import place
 from storage.plan import plan_shards
 from storage.rows import Ragged, Rows
 
@@ -131,7 +130,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
         statistics,
         max_length=max_length,
         vocabulary_size=vocabulary,
-        there=engine_of(Path(options.output)),
+        there=engine_of(place(options.output)),
     )
     corpus = build_corpus(
         options.dataset,
@@ -177,7 +176,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
     """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on."""
     cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
-    _copy_tokenizer(prepared.tokenizer, cache.tokenizer_path)
+    _copy_tokenizer(prepared.tokenizer, cache)
     if prepared.pending:
         teacher = load_teacher(prepared)
         try:
@@ -231,23 +230,13 @@ def _max_length(options: CacheOptions, config: PretrainedConfig) -> int:
     return options.max_length
 
 
-def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """The tokenizer's files appear together or not at all."""
-    if target.exists():
-        return
-    temporary = temporary_for(target)
+def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, cache: Cache) -> None:
     try:
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, target)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if target.exists():
-            return  # Another process was first, with the same tokenizer.
-        if isinstance(error, OSError):
-            raise
-        # The tokenizers library, which is not Python, has one exception for everything.
-        raise RunError(f"{target}: the tokenizer cannot be written ({str(error)[:200]})") from None
-    sync_directory(target.parent)
+        cache.write_tokenizer(tokenizer.save_pretrained)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the tokenizers library, which is not Python, has one for everything
+        raise RunError(f"{cache.path}: the tokenizer cannot be written ({str(error)[:200]})") from None
 
 
 def _versions() -> dict[str, str]:
@@ -264,7 +253,9 @@ def _versions() -> dict[str, str]:
 
 def pending_shards(cache: Cache) -> list[int]:
     """Shards that are not there, or not whole; a damaged one is made again."""
-    return [index for index in range(len(cache.manifest.shards)) if not cache.is_done(index)]
+    with ThreadPoolExecutor() as readers:
+        done = list(readers.map(cache.is_done, range(len(cache.manifest.shards))))
+    return [index for index, is_done in enumerate(done) if not is_done]
 
 
 def cache_shards(

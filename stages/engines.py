@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from stages.statistics import StatisticsOptions
 from stages.teacher import Teacher
 from storage.errors import UserError
+from storage.places import Place
 
 ENGINES = ("auto", "transformers", "vllm", "server")
 
@@ -138,7 +138,7 @@ def load(
     )
 
 
-def engine_of(cache: Path) -> str | None:
+def engine_of(cache: Place) -> str | None:
     """The engine that the manifest in this directory names; None where there is no readable one."""
     try:
         return str(json.loads((cache / "manifest.json").read_bytes())["scoring"]["engine"])

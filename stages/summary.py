@@ -32,8 +32,11 @@ class Summary:
 
 
 def summarize(cache: Cache) -> Summary:
-    """Reads the receipts and two columns. Raises CacheError for an unfinished or damaged cache."""
-    receipts = cache.receipts()
+    """Reads the receipts and two columns, of a partial cache what is there.
+
+    Raises CacheError for an unfinished or damaged cache.
+    """
+    receipts = cache.receipts(partial=True)
     gold: list[np.ndarray] = []
     entropy = 0.0
     has_entropy = cache.manifest.scoring.entropy
@@ -47,8 +50,8 @@ def summarize(cache: Cache) -> Summary:
     # Quantiles of UNC = 1 - p(gold), taken on the log where float32 keeps the digits of a sure teacher.
     logs = np.quantile(gold_logprob, [1 - q for q in QUANTILES]) if len(gold_logprob) else np.zeros(len(QUANTILES))
     return Summary(
-        sequences=cache.manifest.corpus.sequences,
-        tokens=cache.manifest.corpus.tokens,
+        sequences=sum(receipt.rows for receipt in receipts),
+        tokens=sum(receipt.tokens for receipt in receipts),
         stored_positions=len(gold_logprob),
         shards=len(receipts),
         bytes=sum(receipt.bytes for receipt in receipts),

@@ -1,4 +1,4 @@
-"""A cache directory: manifest, shards with their receipts, tail prior, tokenizer, card.
+"""A cache, in a directory or behind a URL: manifest, shards with their receipts, tail prior, tokenizer, card.
 
 Order of events, which is what makes a kill at any moment harmless:
 
@@ -6,22 +6,32 @@ Order of events, which is what makes a kill at any moment harmless:
 2. a shard appears, then its summed tail, then its receipt; a shard without a receipt is written again;
 3. when every receipt is there, `tail_prior.parquet` and at last `README.md` (the card) seal the cache.
 
+`pipeline pull --shards` makes a cache of which only some shards are there; `partial.json` names them.
+
 Shards are a fixed function of the manifest, so doing one twice, or in two processes at once, is harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage import copies
 from storage import shard as shard_file
 from storage.errors import CacheError
-from storage.files import remove_temporaries, sha256_file, write_bytes
+from storage.files import remove_temporaries, sha256_file, sync_directory, temporary_for, write_bytes, write_json
 from storage.manifest import Manifest, Receipt, read_manifest, read_receipt, write_model
+from storage.places import Place, RemotePath, place
 from storage.rows import Rows
 
 MANIFEST = "manifest.json"
@@ -31,6 +41,11 @@ TAIL_PRIOR = "tail_prior.parquet"
 SHARDS = "shards"
 # Each shard's summed tail; kept beside the shards so that a lost shard can be made again.
 TAIL_SUMS = "tail_sums"
+PARTIAL = "partial.json"
+# The tokenizer file that is uploaded last; a remote tokenizer without it is not whole.
+_TOKENIZER_LAST = "tokenizer_config.json"
+# Small remote files read at a time.
+_READERS = 16
 
 
 def sums(rows: Rows) -> tuple[float, float]:
@@ -43,31 +58,38 @@ def sums(rows: Rows) -> tuple[float, float]:
 
 
 class Cache:
-    """An opened cache directory. `open` for reading, `create_or_resume` for writing."""
+    """An opened cache. `open` for reading, `create_or_resume` for writing. `path`: where it lies, a Path or a URL."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Place, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
         self._cache_id = manifest.cache_id
+        self._receipts: dict[int, Receipt] = {}  # of remote shards
+        self._tokenizer: Path | None = None  # the copy of a remote one
 
     @classmethod
-    def open(cls, path: str | Path) -> Cache:
+    def open(cls, where: str | Place) -> Cache:
         """Raises CacheError where there is no cache, or one this program cannot read."""
-        path = Path(path)
-        if not path.is_dir():
+        path = place(where)
+        if isinstance(path, Path) and not path.is_dir():
             raise CacheError(f"{path}: no such directory; --shards wants the --output of `pipeline cache-teacher`")
         return cls(path, read_manifest(path / MANIFEST))
 
     @classmethod
-    def check_target(cls, path: str | Path) -> None:
-        """Raises CacheError unless `path` can become a cache: absent, empty, or a cache already."""
-        path = Path(path)
-        for place in (path, *path.parents):
-            if place.exists():
-                if not place.is_dir():
-                    raise CacheError(f"{place}: is a file; --output wants a directory")
-                break
-        if path.is_dir() and not (path / MANIFEST).exists():
+    def check_target(cls, where: str | Place) -> None:
+        """Raises CacheError unless `where` can become a cache: absent, empty, or a cache already."""
+        path = place(where)
+        if isinstance(path, RemotePath):
+            path.check_reachable()
+        else:
+            for above in (path, *path.parents):
+                if above.exists():
+                    if not above.is_dir():
+                        raise CacheError(f"{above}: is a file; --output wants a directory")
+                    break
+            if not path.is_dir():
+                return
+        if not (path / MANIFEST).exists():
             strange = [entry.name for entry in path.iterdir() if entry.name[:1] != "."]
             if strange:
                 raise CacheError(
@@ -75,12 +97,12 @@ class Cache:
                 )
 
     @classmethod
-    def resume(cls, path: str | Path, manifest: Manifest) -> Cache | None:
-        """The cache of this identity that lies at `path`, or None where nothing does; writes nothing.
+    def resume(cls, where: str | Place, manifest: Manifest) -> Cache | None:
+        """The cache of this identity that lies at `where`, or None where nothing does; writes nothing.
 
         Raises CacheError, with the differences named, where another cache lies there.
         """
-        path = Path(path)
+        path = place(where)
         cls.check_target(path)
         if not (path / MANIFEST).exists():
             return None
@@ -93,9 +115,9 @@ class Cache:
         return cls(path, there)
 
     @classmethod
-    def create_or_resume(cls, path: str | Path, manifest: Manifest) -> Cache:
-        """`resume`, or claim `path` for `manifest`; then make its folders and clear what killed writers left."""
-        path = Path(path)
+    def create_or_resume(cls, where: str | Place, manifest: Manifest) -> Cache:
+        """`resume`, or claim `where` for `manifest`; then make its folders and clear what killed writers left."""
+        path = place(where)
         cache = cls.resume(path, manifest)
         if cache is None:
             path.mkdir(parents=True, exist_ok=True)
@@ -105,24 +127,80 @@ class Cache:
                 # Another process was first: with the same manifest, or `resume` refuses.
                 cls.resume(path, manifest)
             cache = cls(path, manifest)
-        remove_temporaries(path)
-        for folder in (SHARDS, TAIL_SUMS):
-            (path / folder).mkdir(exist_ok=True)
-            remove_temporaries(path / folder)
+        if isinstance(path, Path):
+            remove_temporaries(path)
+            for folder in (SHARDS, TAIL_SUMS):
+                (path / folder).mkdir(exist_ok=True)
+                remove_temporaries(path / folder)
         return cache
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.path / TOKENIZER
+        """A local folder with the teacher's tokenizer. Raises CacheError where a remote cache has none."""
+        if isinstance(self.path, Path):
+            return self.path / TOKENIZER
+        if self._tokenizer is None:
+            self._tokenizer = self._fetch_tokenizer(self.path / TOKENIZER)
+        return self._tokenizer
 
-    def shard_path(self, index: int) -> Path:
+    def _fetch_tokenizer(self, remote: RemotePath) -> Path:
+        files = {path.name: path.read_bytes() for path in remote.iterdir() if path.stat().st_size}
+        if not files:
+            raise CacheError(f"{remote}: there is no tokenizer here")
+        digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+        target = copies.folder() / f"tokenizer-{digest}"
+        _folder(target, lambda folder: [(folder / name).write_bytes(data) for name, data in files.items()])
+        return target
+
+    def write_tokenizer(self, save: Callable[[Path], object]) -> None:
+        """Let `save` fill a folder, whose files then are the cache's tokenizer; nothing where it has one.
+
+        Locally they appear together or not at all. Raises what `save` raises.
+        """
+        if isinstance(self.path, Path):
+            _folder(self.path / TOKENIZER, save)
+            return
+        target = self.path / TOKENIZER
+        if (target / _TOKENIZER_LAST).exists():
+            return
+        with tempfile.TemporaryDirectory(prefix="teacher-logit-cache-") as folder:
+            save(Path(folder))
+            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == _TOKENIZER_LAST):
+                if path.is_file():
+                    (target / path.name).upload(path)
+
+    def shard_path(self, index: int) -> Place:
         return self.path / SHARDS / f"part-{index:05d}.parquet"
 
-    def receipt_path(self, index: int) -> Path:
+    def receipt_path(self, index: int) -> Place:
         return self.path / SHARDS / f"part-{index:05d}.json"
 
-    def _tail_sum_path(self, index: int) -> Path:
+    def tail_sum_path(self, index: int) -> Place:
         return self.path / TAIL_SUMS / f"part-{index:05d}.parquet"
+
+    @property
+    def shards_here(self) -> Sequence[int]:
+        """Numbers of the shards that belong here: all, or what `pipeline pull --shards` asked for."""
+        count = len(self.manifest.shards)
+        path = self.path / PARTIAL
+        if isinstance(self.path, RemotePath) or not path.exists():
+            return range(count)
+        try:
+            return sorted({index for index in json.loads(path.read_bytes())["shards"] if 0 <= index < count})
+        except (ValueError, TypeError, KeyError, OSError):
+            raise CacheError(f"{path}: damaged; repeat the `pipeline pull` that wrote it") from None
+
+    @property
+    def is_partial(self) -> bool:
+        return len(self.shards_here) < len(self.manifest.shards)
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Note which shards belong here, in a local cache; all of them is what goes without saying."""
+        wanted = sorted(shards)
+        if len(wanted) < len(self.manifest.shards):
+            write_json(self.path / PARTIAL, {"shards": wanted})
+        elif isinstance(self.path, Path):
+            (self.path / PARTIAL).unlink(missing_ok=True)
 
     def receipt(self, index: int) -> Receipt:
         """Raises CacheError where it is missing, damaged, or of another shard or cache."""
@@ -137,42 +215,67 @@ class Cache:
             raise CacheError(f"{path}: {receipt.rows} rows, the plan says {self.manifest.shards[index].sequences}")
         return receipt
 
-    def receipts(self) -> list[Receipt]:
-        """Of every shard. Raises CacheError, saying how far the cache is, where some are not done."""
-        pending = [index for index in range(len(self.manifest.shards)) if not self.receipt_path(index).exists()]
+    def receipts(self, *, partial: bool = False) -> list[Receipt]:
+        """Of every shard. Raises CacheError, saying how far the cache is, where some are not done.
+
+        partial: of the shards that belong here are enough.
+        """
+        if self.is_partial and not partial:
+            raise CacheError(
+                f"{self.path}: holds {len(self.shards_here)} of {len(self.manifest.shards)} shards, pulled with "
+                "--shards, to look at; `pipeline pull` the rest, or use the URL itself"
+            )
+        there = {path.name for path in (self.path / SHARDS).glob("*.json")}
+        pending = [index for index in self.shards_here if self.receipt_path(index).name not in there]
         if pending:
             raise CacheError(
-                f"{self.path}: unfinished, {len(pending)} of {len(self.manifest.shards)} shards are missing "
-                f"(first: {self.shard_path(pending[0]).name}); repeat the `pipeline cache-teacher` that began it"
+                f"{self.path}: unfinished, {len(pending)} of {len(self.shards_here)} shards are missing "
+                f"(first: {self.shard_path(pending[0]).name}); repeat the `pipeline cache-teacher`, push or pull "
+                "that began it"
             )
-        return [self.receipt(index) for index in range(len(self.manifest.shards))]
+        with ThreadPoolExecutor(_READERS) as readers:
+            receipts = list(readers.map(self.receipt, self.shards_here))
+        if isinstance(self.path, RemotePath):
+            self._receipts = dict(zip(self.shards_here, receipts, strict=True))
+        return receipts
 
     def is_done(self, index: int) -> bool:
-        """Whether a shard is there, whole: its receipt is good and the file has its length and checksum."""
+        """Whether a shard is there, whole: its receipt is good and `check_file` finds nothing."""
         try:
             self.check_file(index)
         except CacheError:
             return False
         return True
 
-    def check_file(self, index: int) -> Receipt:
-        """Compare a shard with its receipt, byte for byte. Raises CacheError."""
+    def check_file(self, index: int, *, fetch: bool = False) -> Receipt:
+        """Compare a shard with its receipt. Raises CacheError.
+
+        Locally byte for byte; a remote one by its length, because its bytes are compared whenever they are fetched.
+        fetch: fetch it now.
+        """
         try:
-            return self._check_file(index)
+            return self._check_file(index, fetch)
         except OSError as error:
             raise CacheError(f"{self.shard_path(index)}: cannot be read ({error.strerror or error})") from None
 
-    def _check_file(self, index: int) -> Receipt:
-        receipt = self.receipt(index)
+    def _check_file(self, index: int, fetch: bool) -> Receipt:
         path = self.shard_path(index)
-        if not path.exists():
-            raise CacheError(f"{path}: shard {index} is missing")
-        if (size := path.stat().st_size) != receipt.bytes:
+        known = isinstance(path, RemotePath) and not fetch
+        receipt = self._known_receipt(index) if known else self.receipt(index)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CacheError(f"{path}: shard {index} is missing") from None
+        if size != receipt.bytes:
             raise CacheError(f"{path}: {size} bytes, its receipt says {receipt.bytes}")
-        if sha256_file(path) != receipt.sha256:
+        if isinstance(path, RemotePath):
+            if not fetch:
+                return receipt
+            copies.open_copy(path, receipt.sha256, receipt.bytes, fresh=True).close()
+        elif sha256_file(path) != receipt.sha256:
             raise CacheError(f"{path}: its bytes have changed since it was written (sha256 differs)")
         if receipt.tail_prior_sha256 is not None:
-            tail = self._tail_sum_path(index)
+            tail = self.tail_sum_path(index)
             if not tail.exists():
                 raise CacheError(f"{tail}: the summed tail of shard {index} is missing")
             if sha256_file(tail) != receipt.tail_prior_sha256:
@@ -189,7 +292,7 @@ class Cache:
         if tail_sum is not None:
             metadata = {b"stored_positions": str(stored).encode()}
             table = pa.table({"tail_sum": np.ascontiguousarray(tail_sum, np.float64)}).replace_schema_metadata(metadata)
-            tail_written = shard_file.write_table(self._tail_sum_path(index), table, ["tail_sum"])
+            tail_written = shard_file.write_table(self.tail_sum_path(index), table, ["tail_sum"])
         receipt = Receipt(
             cache_id=self._cache_id,
             shard=index,
@@ -205,11 +308,32 @@ class Cache:
             seconds=seconds,
         )
         write_model(self.receipt_path(index), receipt)
+        self._receipts.pop(index, None)
         return receipt
 
     def read_shard(self, index: int, columns: Sequence[str] | None = None) -> Rows:
         """Rows of shard `index`, structure and page checksums verified. Raises CacheError."""
-        return shard_file.read_shard(self.shard_path(index), self.manifest, index, columns)
+        path = self.shard_path(index)
+        if isinstance(path, Path):
+            return shard_file.read_shard(path, self.manifest, index, columns)
+        receipt = self._known_receipt(index)
+        try:
+            with copies.open_copy(path, receipt.sha256, receipt.bytes) as file:
+                return shard_file.read_shard(path, self.manifest, index, columns, file)
+        except FileNotFoundError:
+            raise CacheError(f"{path}: shard {index} is missing") from None
+
+    def prefetch(self, index: int) -> None:
+        """Say that shard `index` will be read soon: a remote one is fetched in the background."""
+        path = self.shard_path(index)
+        if isinstance(path, RemotePath):
+            receipt = self._known_receipt(index)
+            copies.prefetch(path, receipt.sha256, receipt.bytes)
+
+    def _known_receipt(self, index: int) -> Receipt:
+        if index not in self._receipts:
+            self._receipts[index] = self.receipt(index)
+        return self._receipts[index]
 
     def seal(self, card: str) -> None:
         """Write what the whole cache says: the mean tail distribution and, last, the card."""
@@ -218,7 +342,7 @@ class Cache:
             total = np.zeros(self.manifest.vocabulary_size)
             stored = 0
             for index, receipt in enumerate(receipts):
-                total += self._read_float_column(self._tail_sum_path(index), "tail_sum", np.float64)
+                total += self._read_float_column(self.tail_sum_path(index), "tail_sum", np.float64)
                 stored += receipt.stored_positions
             mean = pa.table({"tail_prior": (total / max(1, stored)).astype(np.float32)})
             shard_file.write_table(self.path / TAIL_PRIOR, mean, ["tail_prior"])
@@ -241,9 +365,10 @@ class Cache:
         path = self.path / TAIL_PRIOR
         return self._read_float_column(path, "tail_prior", np.float32) if path.exists() else None
 
-    def _read_float_column(self, path: Path, name: str, dtype: type[np.floating]) -> np.ndarray:
+    def _read_float_column(self, path: Place, name: str, dtype: type[np.floating]) -> np.ndarray:
         try:
-            values = pq.read_table(path, page_checksum_verification=True)[name].to_numpy()
+            source = path if isinstance(path, Path) else pa.BufferReader(path.read_bytes())
+            values = pq.read_table(source, page_checksum_verification=True)[name].to_numpy()
         except (pa.ArrowException, OSError, KeyError) as error:
             raise CacheError(f"{path}: unreadable ({str(error).splitlines()[0][:120]})") from None
         if values.dtype != dtype or len(values) != self.manifest.vocabulary_size or not (values >= 0).all():
@@ -251,6 +376,32 @@ class Cache:
         return values
 
     def column(self, *names: str) -> Iterator[Rows]:
-        """Only these columns, shard by shard."""
-        for index in range(len(self.manifest.shards)):
-            yield self.read_shard(index, names)
+        """Only these columns, shard by shard; of remote shards no more than these is fetched."""
+        for index in self.shards_here:
+            path = self.shard_path(index)
+            if isinstance(path, Path):
+                yield self.read_shard(index, names)
+                continue
+            try:
+                with path.open() as file:
+                    rows = shard_file.read_shard(path, self.manifest, index, names, file)
+            except FileNotFoundError:
+                raise CacheError(f"{path}: shard {index} is missing") from None
+            yield rows
+
+
+def _folder(target: Path, fill: Callable[[Path], object]) -> None:
+    """A folder that `fill` fills, which appears whole or not at all; nothing where it is there already."""
+    if target.exists():
+        return
+    temporary = temporary_for(target)
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        os.replace(temporary, target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and target.exists():
+            return  # Another process was first.
+        raise
+    sync_directory(target.parent)

@@ -19,7 +19,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storage.places import Place
 
 _TEMPORARY = ".tmp-"
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
@@ -71,11 +74,15 @@ def temporary_for(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path, *, exclusive: bool = False) -> Iterator[HashingFile]:
+def atomic_file(path: Place, *, exclusive: bool = False) -> Iterator[HashingFile]:
     """A file that appears at `path`, complete and durable, only if the block ends without an exception.
 
     `exclusive`: raises FileExistsError where another process was first, instead of replacing its file.
     """
+    if not isinstance(path, Path):
+        with path.atomic_file(exclusive=exclusive) as file:
+            yield file
+        return
     temporary = temporary_for(path)
     try:
         with open(temporary, "xb") as raw:
@@ -105,13 +112,18 @@ def _link(temporary: Path, path: Path) -> None:
         temporary.unlink()
 
 
-def write_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> None:
+def write_bytes(path: Place, data: bytes, *, exclusive: bool = False) -> None:
     with atomic_file(path, exclusive=exclusive) as file:
         file.write(data)
 
 
-def write_json(path: Path, value: Any, *, exclusive: bool = False) -> None:
+def write_json(path: Place, value: Any, *, exclusive: bool = False) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), exclusive=exclusive)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is still being written, or was left by a killed writer."""
+    return name.startswith(_TEMPORARY)
 
 
 def remove_temporaries(directory: Path) -> None:
@@ -134,6 +146,6 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+def sha256_file(path: Place) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from storage.cache import Cache, sums
+from storage.cache import SHARDS, TAIL_PRIOR, Cache, sums
 from storage.errors import CacheError
 from storage.shard import value_problems
 
@@ -15,9 +15,9 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
     """Every broken checksum and invariant, one sentence each with file and row; nothing when all is well."""
     prior_expected = True
     tail_mass, stored = 0.0, 0
-    for index in range(len(cache.manifest.shards)):
+    for index in cache.shards_here:
         try:
-            receipt = cache.check_file(index)
+            receipt = cache.check_file(index, fetch=True)
             rows = cache.read_shard(index)
         except CacheError as error:
             yield str(error)
@@ -37,9 +37,9 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
             yield f"{cache.receipt_path(index)}: says sums of tail mass and UNC that the shard does not have"
         progress(index)
     known = {cache.shard_path(i).name for i in range(len(cache.manifest.shards))}
-    for path in sorted((cache.path / "shards").glob("*.parquet")):
-        if path.name not in known:
-            yield f"{path}: not in the plan of this cache"
+    for name in sorted(path.name for path in (cache.path / SHARDS).glob("*.parquet")):
+        if name not in known:
+            yield f"{cache.path / SHARDS / name}: not in the plan of this cache"
     if not cache.is_sealed:
         yield f"{cache.path}: not sealed; repeat the `pipeline cache-teacher` that began it"
     elif prior_expected:
@@ -49,6 +49,6 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
             yield str(error)
             return
         if prior is None:
-            yield f"{cache.path / 'tail_prior.parquet'}: missing; repeat the `pipeline cache-teacher` that made it"
-        elif stored and abs(float(prior.sum(dtype=np.float64)) - tail_mass / stored) > 1e-3:
-            yield f"{cache.path / 'tail_prior.parquet'}: does not sum to the mean tail mass"
+            yield f"{cache.path / TAIL_PRIOR}: missing; repeat the `pipeline cache-teacher` that made it"
+        elif stored and not cache.is_partial and abs(float(prior.sum(dtype=np.float64)) - tail_mass / stored) > 1e-3:
+            yield f"{cache.path / TAIL_PRIOR}: does not sum to the mean tail mass"

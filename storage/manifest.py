@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from storage import schema
 from storage.errors import CacheError
 from storage.files import write_json
+from storage.places import Place
 
 _MAX_JSON_BYTES = 64 << 20
 
@@ -170,7 +170,7 @@ def _shown(value: Any) -> str:
 _M = TypeVar("_M", bound=BaseModel)
 
 
-def _read_model(path: Path, model: type[_M], what: str) -> _M:
+def _read_model(path: Place, model: type[_M], what: str) -> _M:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CacheError(f"{path}: too large to be a {what}")
@@ -198,14 +198,14 @@ def _read_model(path: Path, model: type[_M], what: str) -> _M:
         raise CacheError(f"{path}: the {what} is damaged at {where}: {first['msg']}") from None
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Place) -> Manifest:
     """Raises CacheError: missing, not JSON, damaged, or of a newer format version."""
     return _read_model(path, Manifest, "manifest")
 
 
-def read_receipt(path: Path) -> Receipt:
+def read_receipt(path: Place) -> Receipt:
     return _read_model(path, Receipt, "receipt")
 
 
-def write_model(path: Path, model: BaseModel, *, exclusive: bool = False) -> None:
+def write_model(path: Place, model: BaseModel, *, exclusive: bool = False) -> None:
     write_json(path, model.model_dump(mode="json"), exclusive=exclusive)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import RawIOBase
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from storage import schema
 from storage.errors import CacheError
 from storage.files import atomic_file
 from storage.manifest import Manifest
+from storage.places import Place
 from storage.rows import Ragged, Rows
 
 ZSTD_LEVEL = 3
@@ -31,7 +33,7 @@ class Written:
     sha256: str
 
 
-def write_shard(path: Path, rows: Rows, manifest: Manifest, index: int) -> Written:
+def write_shard(path: Place, rows: Rows, manifest: Manifest, index: int) -> Written:
     """Write `rows` to `path`, atomically and durably."""
     columns = manifest.scoring.columns
     return write_table(path, rows.to_table(columns, shard_metadata(manifest, index)), split_leaves(columns))
@@ -42,7 +44,7 @@ def split_leaves(columns: Sequence[schema.Column]) -> list[str]:
     return [f"{column.name}.list.element" for column in columns if column.element in (pa.int32(), pa.float32())]
 
 
-def write_table(path: Path, table: pa.Table, split_bytes: Sequence[str]) -> Written:
+def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Written:
     """Write a table with this project's encodings; `split_bytes` are the leaves to byte-stream-split."""
     with atomic_file(path) as file:
         pq.write_table(
@@ -67,16 +69,25 @@ def shard_metadata(manifest: Manifest, index: int) -> dict[bytes, bytes]:
     }
 
 
-def read_shard(path: Path, manifest: Manifest, index: int, columns: Sequence[str] | None = None) -> Rows:
-    """Rows of a shard; `columns` None for all. Raises CacheError on anything but the shard that belongs here."""
+def read_shard(
+    path: Place,
+    manifest: Manifest,
+    index: int,
+    columns: Sequence[str] | None = None,
+    file: IO[bytes] | RawIOBase | None = None,
+) -> Rows:
+    """Rows of a shard; `columns` None for all. Raises CacheError on anything but the shard that belongs here.
+
+    file: where the bytes are read from, if not from `path` itself.
+    """
     wanted = {column.name: column for column in manifest.scoring.columns}
     names = list(wanted) if columns is None else list(dict.fromkeys(["sequence_id", *columns]))
     for name in names:
         if name not in wanted:
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            stored = file.schema_arrow
+        with pq.ParquetFile(file or path, page_checksum_verification=True, pre_buffer=file is not None) as parquet:
+            stored = parquet.schema_arrow
             metadata = stored.metadata or {}
             for key, value in shard_metadata(manifest, index).items():
                 if metadata.get(key) != value:
@@ -86,7 +97,7 @@ def read_shard(path: Path, manifest: Manifest, index: int, columns: Sequence[str
             for name in names:
                 if name not in stored.names or stored.field(name).type != wanted[name].type:
                     raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
-            table = file.read(columns=names, use_threads=False)
+            table = parquet.read(columns=names, use_threads=False)
     except FileNotFoundError:
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.threads import bound_spinning
+from tests.storage.s3 import Proxy, proxy_to
 
 # Before torch is imported: threads that wait by spinning starve the processes that some tests start.
 bound_spinning()
@@ -143,3 +144,39 @@ def cache_path(tiny: Tiny, make_cache: Callable[..., Any]) -> Path:
     path = tiny.root / "cache"
     make_cache(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[int]:
+    """The port of an S3 API server on loopback."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """An empty bucket `bucket` behind a proxy that can fail; short pauses, copies of this test alone."""
+    import boto3
+    import fsspec
+
+    from storage import places
+
+    settings = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PIPELINE_COPIES", str(tmp_path / "copies"))
+    monkeypatch.setattr(places, "FIRST_PAUSE", 0.005)
+    with proxy_to(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        bucket = boto3.resource("s3", endpoint_url=f"http://127.0.0.1:{s3_server}").Bucket("bucket")
+        bucket.create()
+        bucket.objects.all().delete()
+        # fsspec keeps file systems, and these the server's address.
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield proxy

@@ -20,7 +20,13 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     help="A .jsonl, .jsonl.zst, .json, .parquet or .txt file, a folder of those, or a dataset on the hub "
     "(name or name:config). Rows are text, prompt + completion, chat messages, or input_ids.",
 )
-@click.option("--output", required=True, metavar="DIR", type=click.Path(), help="The cache to make or to go on with.")
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR_OR_URL",
+    type=click.Path(),
+    help="The cache to make or to go on with; a URL is like s3://bucket/folder.",
+)
 @click.option(
     "--top-n",
     default=None,

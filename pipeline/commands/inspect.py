@@ -12,8 +12,10 @@ from storage.errors import UserError
 
 
 @click.command("inspect")
-@click.argument("directory", metavar="DIR", type=click.Path())
-@click.option("--sequence", default=0, type=click.IntRange(0), help="Sequence to look into, by its index.")
+@click.argument("directory", metavar="DIR_OR_URL", type=click.Path())
+@click.option(
+    "--sequence", type=click.IntRange(0), show_default="the first", help="Sequence to look into, by its index."
+)
 @click.option(
     "--position",
     type=click.IntRange(0),
@@ -21,13 +23,14 @@ from storage.errors import UserError
     help="Scored position to show, by its index in the sequence.",
 )
 @click.option("--alternatives", default=8, type=click.IntRange(1), help="How many of the teacher's tokens to show.")
-def command(directory: str, sequence: int, position: int | None, alternatives: int) -> None:
+def command(directory: str, sequence: int | None, position: int | None, alternatives: int) -> None:
     """Show what a cache is and holds, and one position as text with the teacher's alternatives.
 
     \b
     Example:
       pipeline inspect cache/
       pipeline inspect cache/ --sequence 12 --position 40 --alternatives 20
+      pipeline inspect s3://bucket/cache
     """
     import numpy as np
 
@@ -37,10 +40,14 @@ def command(directory: str, sequence: int, position: int | None, alternatives: i
 
     cache = Cache.open(directory)
     manifest = cache.manifest
+    if sequence is None:
+        sequence = manifest.shards[cache.shards_here[0]].first
     if sequence >= manifest.corpus.sequences:
         raise UserError(f"--sequence {sequence}: this cache holds {manifest.corpus.sequences} sequences, from 0")
-    numbers = summarize(cache)
     shard = next(i for i, planned in enumerate(manifest.shards) if sequence < planned.first + planned.sequences)
+    if shard not in cache.shards_here:
+        raise UserError(f"--sequence {sequence}: is in shard {shard}, which was not pulled to {directory}")
+    numbers = summarize(cache)
     rows = cache.read_shard(shard)
     row = sequence - manifest.shards[shard].first
     ids, mask, counts = rows["input_ids"][row], rows["loss_mask"][row], rows["top_count"][row].astype(np.int64)

@@ -53,9 +53,10 @@ _OBJECTIVE = (
     "--shards",
     required=True,
     multiple=True,
-    metavar="DIR",
+    metavar="DIR_OR_URL",
     type=click.Path(),
-    help="The cache: the --output of `pipeline cache-teacher`. Repeat it for several caches of one teacher.",
+    help="The cache: the --output of `pipeline cache-teacher`, or where it was pushed. Repeat it for several caches of "
+    "one teacher.",
 )
 @click.option(
     "--mix",

@@ -9,7 +9,7 @@ from storage.errors import RunError, UserError
 
 
 @click.command("verify")
-@click.argument("directory", metavar="DIR", type=click.Path())
+@click.argument("directory", metavar="DIR_OR_URL", type=click.Path())
 def command(directory: str) -> None:
     """Recompute every checksum and invariant of a cache, and name each bad file and row.
 
@@ -20,6 +20,7 @@ def command(directory: str) -> None:
     \b
     Example:
       pipeline verify cache/
+      pipeline verify s3://bucket/cache
     """
     from stages.compatibility import cache_tokenizer
     from storage import integrity
@@ -28,7 +29,8 @@ def command(directory: str) -> None:
     cache = Cache.open(directory)
     shards = cache.manifest.shards
     found = 0
-    with Progress("verifying", cache.manifest.corpus.tokens) as progress:
+    tokens = sum(shards[index].tokens for index in cache.shards_here)
+    with Progress("verifying", tokens) as progress:
         for problem in integrity.problems(cache, lambda shard: progress.advance(shards[shard].tokens)):
             found += 1
             click.echo(printable(problem))
@@ -39,4 +41,4 @@ def command(directory: str) -> None:
         click.echo(printable(str(error)))
     if found:
         raise RunError(f"{directory}: {found} problem{'s' * (found > 1)} in this cache")
-    click.echo(f"{directory}: {len(shards)} shards, {cache.manifest.corpus.tokens} tokens, all sound")
+    click.echo(f"{directory}: {len(cache.shards_here)} shards, {tokens} tokens, all sound")

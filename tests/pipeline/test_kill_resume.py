@@ -226,7 +226,7 @@ def test_cache_teacher_killed_at_random_moments(
     ("function", "times", "needle"),
     [
         ("os:replace", 1, "tokenizer"),
-        ("stages.caching:sync_directory", 1, ""),
+        ("storage.cache:sync_directory", 1, ""),
         ("storage.cache:write_bytes", 1, "README.md"),
         ("storage.files:os.replace", 1, "tail_prior"),
         ("transformers.tokenization_utils_base:PreTrainedTokenizerBase.save_pretrained", 1, ""),
@@ -258,7 +258,7 @@ def test_the_same_command_makes_lost_and_damaged_shards_again(
     cache.shard_path(2).unlink()
     cache.receipt_path(3).unlink()
     cache.receipt_path(5).write_text("{")
-    for damaged in (cache.shard_path(7), cache._tail_sum_path(11)):
+    for damaged in (cache.shard_path(7), cache.tail_sum_path(11)):
         raw = bytearray(damaged.read_bytes())
         raw[100] ^= 1
         damaged.write_bytes(raw)

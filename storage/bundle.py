@@ -1,0 +1,140 @@
+"""A cache as one file for machines without a network: `pipeline bundle` and `pipeline unbundle`.
+
+The file is a zstd-compressed tar of the cache's files in a fixed order, without times and owners, so that equal caches
+give equal bundles. Its checksum lies beside it in the form that `sha256sum --check` reads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import zstandard
+
+from storage.cache import CARD, MANIFEST, PARTIAL, TAIL_PRIOR, TOKENIZER, Cache
+from storage.errors import CacheError, UserError
+from storage.files import atomic_file, sha256_file, sync_directory, temporary_for, write_bytes
+
+SUFFIX = ".tar.zst"
+# The shards are compressed already.
+LEVEL = 1
+_CHUNK = 1 << 20
+
+
+def checksum_path(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def files_of(cache: Cache) -> list[Path]:
+    """The files of a finished local cache in the order of a bundle: the manifest first, the card last.
+
+    Raises CacheError for a remote or unfinished cache.
+    """
+    if not isinstance(cache.path, Path):
+        raise CacheError(f"{cache.path}: only a local cache can be bundled; `pipeline pull` it first")
+    cache.receipts(partial=True)
+    names = [cache.path / MANIFEST, cache.path / PARTIAL]
+    names += sorted(path for path in (cache.path / TOKENIZER).rglob("*") if path.is_file())
+    for index in cache.shards_here:
+        for path in (cache.shard_path(index), cache.tail_sum_path(index), cache.receipt_path(index)):
+            assert isinstance(path, Path)
+            names.append(path)
+    names += [cache.path / TAIL_PRIOR, cache.path / CARD]
+    return [path for path in names if path.is_file()]
+
+
+def bundle(cache: Cache, file: Path, progress: Callable[[int], None] = lambda shard: None) -> str:
+    """Write a checked cache to `file` and its checksum beside it; returns the sha256.
+
+    progress gets the number of each shard that was checked. Raises CacheError for a damaged cache.
+    """
+    paths = files_of(cache)
+    for index in cache.shards_here:
+        cache.check_file(index)
+        progress(index)
+    with atomic_file(file) as written:
+        compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+        with (
+            compressor.stream_writer(written, closefd=False) as stream,  # type: ignore[arg-type]
+            tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for path in paths:
+                member = tarfile.TarInfo(path.relative_to(cache.path).as_posix())  # type: ignore[arg-type]
+                member.size = path.stat().st_size
+                with open(path, "rb") as source:
+                    tar.addfile(member, source)
+    write_bytes(checksum_path(file), f"{written.sha256}  {file.name}\n".encode())
+    return written.sha256
+
+
+def unbundle(file: Path, target: Path) -> Cache:
+    """Unpack `file` beside `target`, check every shard, and only then give it its name.
+
+    Raises UserError or CacheError, and leaves nothing, where the target exists, the checksum beside the file differs,
+    the file is damaged, or a member is not a plain file inside the target.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists already; name a new directory")
+    _check_sum(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_for(target)
+    temporary.mkdir()
+    try:
+        try:
+            _extract(file, temporary)
+        except (tarfile.TarError, zstandard.ZstdError, EOFError, UnicodeError) as error:
+            raise CacheError(f"{file}: damaged or no bundle ({str(error)[:120]})") from None
+        try:
+            cache = Cache.open(temporary)
+            cache.receipts(partial=True)
+            for index in cache.shards_here:
+                cache.check_file(index)
+        except CacheError as error:
+            raise CacheError(f"{file}: {str(error).replace(f'{temporary}{os.sep}', '')}") from None
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(target.parent)
+    return Cache(target, cache.manifest)
+
+
+def _check_sum(file: Path) -> None:
+    beside = checksum_path(file)
+    if not beside.is_file():
+        return
+    named = beside.read_text(errors="replace").split()
+    if not named or sha256_file(file) != named[0]:
+        raise CacheError(f"{file}: its sha256 is not the one in {beside.name}; copy it again")
+
+
+def _extract(file: Path, target: Path) -> None:
+    with (
+        open(file, "rb") as raw,
+        zstandard.ZstdDecompressor().stream_reader(raw) as stream,
+        tarfile.open(fileobj=stream, mode="r|") as tar,
+    ):
+        for member in tar:
+            name = PurePosixPath(member.name)
+            # A backslash or a colon separates on other systems.
+            if name.is_absolute() or ".." in name.parts or not name.parts or set(member.name) & set("\\:\0"):
+                raise CacheError(f"{file}: member {member.name!r} leaves the directory; nothing was unpacked")
+            if not member.isreg():
+                raise CacheError(f"{file}: member {member.name!r} is no plain file; nothing was unpacked")
+            path = target.joinpath(*name.parts)
+            if path.exists():
+                raise CacheError(f"{file}: member {member.name!r} stands twice; nothing was unpacked")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = tar.extractfile(member)
+            assert source is not None
+            with open(path, "xb") as written:
+                shutil.copyfileobj(source, written, _CHUNK)
+                written.flush()
+                os.fsync(written.fileno())
+        # To the end, where zstd's own checksum stands.
+        while stream.read(_CHUNK):
+            pass

@@ -1,0 +1,232 @@
+"""Where a cache lies: a local path, or a URL that fsspec knows (`s3://`, `gs://`, `hf://datasets/`, ...).
+
+A RemotePath offers what this package uses of `pathlib.Path`, so that the rest of the code never asks which one it
+has. Every request is tried again with growing pauses, reads are stateless ranges, and a file appears whole or not at
+all: object stores show an upload only when it has ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import io
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from storage.errors import RunError, UserError
+from storage.files import HashingFile
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+TRIES = 5
+FIRST_PAUSE = 0.2  # seconds; each later one is twice as long
+CHUNK = 8 << 20  # bytes of one ranged request
+
+# Which extra of this package brings the file system of a scheme.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+# Trying again does not help. NoCredentialsError is botocore's, which may not be installed.
+_FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder behind a URL without a trailing slash. Picklable; safe in threads and after a fork.
+
+    Every method raises FileNotFoundError where nothing is there, and RunError, naming URL and cause, where the place
+    does not answer after TRIES tries or denies access.
+    """
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    def resolve(self) -> RemotePath:
+        return self
+
+    def mkdir(self, **_: object) -> None:
+        """Object stores have no folders."""
+
+    def exists(self) -> bool:
+        return self._tried(lambda system, path: system.exists(path))
+
+    def stat(self) -> os.stat_result:
+        """Only the size is meaningful."""
+        size = self._tried(lambda system, path: system.info(path)["size"]) or 0
+        return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, 0, 0))
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """What lies in this folder; nothing where it does not exist."""
+        try:
+            listed = self._tried(lambda system, path: system.ls(path, detail=False))
+        except FileNotFoundError:
+            return
+        for path in sorted(listed):
+            name = path.rstrip("/").rpartition("/")[2]
+            # Some stores list the folder itself, and a key may be any text.
+            if name not in ("", ".", "..", self.name):
+                yield self / name
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+    def read_bytes(self) -> bytes:
+        return self._tried(lambda system, path: system.cat_file(path))
+
+    def open(self, _mode: str = "rb") -> io.RawIOBase:
+        """A readable, seekable file; each read is one request for just that range."""
+        return _RangedFile(self, self.stat().st_size)
+
+    def read_range(self, start: int, end: int) -> bytes:
+        def read(system: AbstractFileSystem, path: str) -> bytes:
+            data = system.cat_file(path, start=start, end=end)
+            if len(data) != end - start:
+                raise ConnectionError(f"{len(data)} of {end - start} bytes came")
+            return data
+
+        return self._tried(read)
+
+    def upload(self, local: Path, *, exclusive: bool = False) -> None:
+        """Put a local file here, replacing what is. `exclusive`: raises FileExistsError where something is."""
+        size = local.stat().st_size
+
+        def put(system: AbstractFileSystem, path: str) -> None:
+            system.put_file(str(local), path)
+            system.invalidate_cache()
+            if (found := system.info(path)["size"]) != size:
+                raise ConnectionError(f"{found} of {size} bytes arrived")
+
+        if exclusive and self.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.url)
+        try:
+            self._tried(put)
+        except FileNotFoundError:
+            raise RunError(f"{self.url}: cannot be written; there is no such bucket") from None
+
+    @contextmanager
+    def atomic_file(self, *, exclusive: bool = False) -> Iterator[HashingFile]:
+        """Written to a temporary local file, and uploaded if the block ends without an exception."""
+        with tempfile.NamedTemporaryFile(prefix="teacher-logit-cache-") as raw:
+            yield HashingFile(raw)
+            raw.flush()
+            self.upload(Path(raw.name), exclusive=exclusive)
+
+    def check_reachable(self) -> None:
+        """Raises UserError where the bucket does not exist, before hours of work are meant for it."""
+        scheme, _, rest = self.url.partition("://")
+        bucket = RemotePath(f"{scheme}://{rest.partition('/')[0]}")
+        if scheme in EXTRAS and not bucket.exists():
+            raise UserError(f"{self.url}: there is no bucket {bucket}")
+
+    def _tried(self, operation: Callable[[AbstractFileSystem, str], _T]) -> _T:
+        system, path = self._system()
+        for attempt in range(TRIES):
+            try:
+                return operation(system, path)
+            except (UserError, FileNotFoundError):
+                raise
+            except Exception as error:  # every file system has exceptions of its own
+                final = isinstance(error, _FINAL) or "Credentials" in type(error).__name__
+                if final or attempt == TRIES - 1:
+                    tries = "" if final else f" after {TRIES} tries"
+                    raise RunError(f"{self.url}: {_cause(error)}{tries}") from error
+            system.invalidate_cache()
+            time.sleep(FIRST_PAUSE * 2**attempt)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _system(self) -> tuple[AbstractFileSystem, str]:
+        """The file system, one per process and thread (fsspec keeps them), and the path in its own form."""
+        from fsspec.core import url_to_fs
+
+        scheme = self.url.partition("://")[0]
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if scheme in ("s3", "s3a"):
+            # Without these the tries of three layers multiply, and a dead host is waited for minutes.
+            options["config_kwargs"] = {
+                "retries": {"total_max_attempts": 1},
+                "connect_timeout": 10,
+                "read_timeout": 60,
+            }
+        try:
+            system, path = url_to_fs(self.url, **options)
+        except ImportError as error:
+            extra = EXTRAS.get(scheme)
+            what = f"install 'teacher-logit-cache[{extra}]'" if extra else str(error)
+            raise UserError(f"{self.url}: the file system of {scheme}:// is not installed; {what}") from None
+        except Exception as error:  # noqa: BLE001 - whatever a file system says of a bad URL or bad settings
+            raise UserError(f"{self.url}: not a place ({_cause(error)})") from None
+        if scheme in ("s3", "s3a"):
+            system.retries = 1
+        return system, path
+
+
+Place: TypeAlias = Path | RemotePath
+
+
+def place(where: str | Path | RemotePath) -> Place:
+    """The path or URL that a person named. Raises UserError for a URL that no file system serves."""
+    if not isinstance(where, str) or "://" not in where:
+        return where if isinstance(where, RemotePath) else Path(where)
+    scheme, _, rest = where.partition("://")
+    if scheme in ("file", "local"):
+        from fsspec.core import url_to_fs
+
+        return Path(url_to_fs(where)[1])
+    if not rest.strip("/"):
+        raise UserError(f"{where}: names no bucket; a place is like s3://bucket/folder")
+    remote = RemotePath(where.rstrip("/"))
+    remote._system()
+    return remote
+
+
+class _RangedFile(io.RawIOBase):
+    """A remote file read by ranges, each of which is tried again by itself."""
+
+    def __init__(self, path: RemotePath, size: int) -> None:
+        self._path, self._size, self._at = path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._at)
+        if length <= 0:
+            return 0
+        buffer[:length] = self._path.read_range(self._at, self._at + length)
+        self._at += length
+        return length
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, PermissionError):
+        return "access denied; check the credentials and the bucket's policy"
+    if "Credentials" in type(error).__name__:
+        return "no credentials found; set those of the store (for s3:// e.g. AWS_ACCESS_KEY_ID, AWS_PROFILE)"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:200]
