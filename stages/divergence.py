@@ -36,7 +36,8 @@ class TeacherRows:
 
     gold: int64 `[R]`; gold_logprob, tail_logmass: float32 `[R]`, nats;
     top_ids: int64 `[R, N]`; top_logprobs: float32 `[R, N]`, -inf where a position has fewer entries;
-    tail_samples: int64 `[R, M]`, -1 where the tail is empty; None where they were not read.
+    tail_samples: int64 `[R, M]`, -1 where the tail is empty; entropy: float `[R]`, nats, of the teacher's full
+    distribution; None where they were not read.
     """
 
     gold: torch.Tensor
@@ -45,6 +46,7 @@ class TeacherRows:
     top_ids: torch.Tensor
     top_logprobs: torch.Tensor
     tail_samples: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.gold)
@@ -161,7 +163,7 @@ def student_terms(logits: torch.Tensor, rows: TeacherRows, tail: Tail = BUCKET) 
     elif tail.mode == "sampled":
         ids, weights = sample_weights(rows)
         terms.expected = (z.gather(1, ids) * weights.to(z)).sum(1)
-        terms.shape = torch.zeros_like(terms.expected)
+        terms.shape = sampled_shape(rows).to(z)
     return terms
 
 
@@ -174,6 +176,28 @@ def sample_weights(rows: TeacherRows) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("the tail mode `sampled` needs tail samples")
     drawn = (rows.tail_samples >= 0).float()
     return rows.tail_samples.clamp(min=0), drawn / drawn.sum(1, keepdim=True).clamp(min=1)
+
+
+def sampled_shape(rows: TeacherRows) -> torch.Tensor:
+    """float `[R]`: sum_j s_j log s_j of the teacher's tail s, which samples of it do not say but the entropy does:
+
+        -H(p) = sum_K p log p + m log m + m sum_j s_j log s_j,   m the tail's mass
+
+    It is the same for every student. 0 where the entropy was not read and where the tail is empty.
+    """
+    if rows.entropy is None:
+        return torch.zeros_like(rows.gold_logprob)
+    outside = ~((rows.top_ids == rows.gold[:, None]) & (rows.top_logprobs > float("-inf"))).any(1)
+    kept = _p_log_p(rows.top_logprobs).sum(1) + outside * _p_log_p(rows.gold_logprob)
+    mass = rows.tail_logmass.exp()
+    rest = -rows.entropy.to(kept) - kept - _p_log_p(rows.tail_logmass)
+    # A tail too light for the entropy's 16 bits: any value within reason, it hardly counts.
+    shape = (rest / mass.clamp(min=1e-30)).clamp(min=-20.0, max=0.0)
+    return shape.masked_fill(mass == 0, 0.0)
+
+
+def _p_log_p(log_p: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * log_p).masked_fill(log_p == float("-inf"), 0.0)
 
 
 def divergences(

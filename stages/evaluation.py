@@ -1,8 +1,8 @@
 """What a student is measured by, on held-out sequences of the cache: no teacher is needed for it.
 
-Per token and averaged over all, the easy and the hard ones: cross-entropy on gold, KL to the teacher (on the kept set
-with the tail as one lump, a lower bound that is exact where the tail is empty), and how often the student's most
-probable token is the teacher's.
+Per token and averaged over all, the easy and the hard ones: cross-entropy on gold, KL to the teacher, and how often the
+student's most probable token is the teacher's. From tail samples and the teacher's entropy the KL is estimated without
+bias. Without them the tail is compared as one lump: a lower bound, the looser the fewer tokens were kept.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 
 from stages.distillation_forward import Head
-from stages.divergence import TeacherRows, divergences, student_terms, teacher_terms
+from stages.divergence import BUCKET, TeacherRows, divergences, student_terms, teacher_terms
 from stages.statistics import rows_per_slice
+from stages.tail import Tail
 
 GROUPS = ("all", "easy", "hard")
 MEASURES = ("cross_entropy", "kl", "agreement", "teacher_cross_entropy")
@@ -46,8 +47,9 @@ def sums_by_sequence(
 
 def _measures(logits: torch.Tensor, rows: TeacherRows) -> torch.Tensor:
     """`[R, 1 + 4]`: a one, and each of MEASURES."""
-    teacher = teacher_terms(rows, "bucket")
-    terms = divergences(student_terms(logits, rows), teacher)
+    unbiased = rows.tail_samples is not None and rows.entropy is not None
+    tail = Tail("sampled") if unbiased else BUCKET
+    terms = divergences(student_terms(logits, rows, tail), teacher_terms(rows, tail.mode))
     agrees = logits.argmax(1) == rows.top_ids[:, 0]
     columns = [torch.ones_like(terms.ce), terms.ce, terms.whole, agrees, -rows.gold_logprob]
     return torch.stack([column.to(terms.ce) for column in columns], 1)

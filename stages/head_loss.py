@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.divergence import BUCKET, StudentTerms, TeacherRows, kept_ids, sample_weights
+from stages.divergence import BUCKET, StudentTerms, TeacherRows, kept_ids, sample_weights, sampled_shape
 from stages.tail import Tail
 
 # Loss of the rows of a slice, as a sum: (terms of the slice, which rows they are) -> scalar.
@@ -151,7 +151,7 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False
     if tail.mode == "sampled":
         samples = sample_weights(rows)
         terms.expected = (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
-        terms.shape = torch.zeros_like(z_gold)
+        terms.shape = sampled_shape(rows).to(z)
     outside = z if own and tail.mode != "prior" else z.clone()
     outside.scatter_(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
     peak = outside.amax(1, keepdim=True)

@@ -59,6 +59,7 @@ class StoredSequence:
     top_logprobs: np.ndarray
     tail_samples: np.ndarray | None = None
     tail_logmass_at: np.ndarray | None = None
+    entropy: np.ndarray | None = None
     source: int = 0
 
 
@@ -84,6 +85,8 @@ class DecodedShard:
         }
         if at := next((name for name in rows.lists if column_temperature(name) is not None), None):
             self._lists["tail_logmass_at"] = picked(at)
+        if "entropy" in rows.lists:
+            self._lists["entropy"] = picked("entropy")
 
     def sequence(self, row: int, source: int) -> StoredSequence:
         return StoredSequence(source=source, **{name: ragged[row] for name, ragged in self._lists.items()})
@@ -92,8 +95,9 @@ class DecodedShard:
 class ShardDataset(Dataset):
     """The sequences `sequence_ids` (int64, ascending) of a cache, by random access.
 
-    extra: optional columns to read too, `tail_samples` or one `tail_logmass_T...`. source: the cache's number in the
-    run. Every shard's values are checked when it is first decoded; raises CacheError for one that is not what it says.
+    extra: optional columns to read too: `tail_samples`, `entropy`, one `tail_logmass_T...`. source: the cache's number
+    in the run. Every shard's values are checked when it is first decoded; raises CacheError for one that is not what
+    it says.
     """
 
     def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, extra: Sequence[str] = (), source: int = 0) -> None:
@@ -213,6 +217,8 @@ class Collator:
             batch["tail_samples"] = samples.reshape(len(gold_logprob), -1)
             # Like the entries: what the student has no id for is not drawn.
             batch["tail_samples"][batch["tail_samples"] >= self.vocabulary_size] = -1
+        if all(s.entropy is not None for s in sequences):
+            batch["entropy"] = np.concatenate([s.entropy for s in sequences if s.entropy is not None])
         return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
 
     def _inputs(self, sequences: Sequence[StoredSequence]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -264,6 +270,7 @@ def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
         batch["top_ids"].long(),
         batch["top_logprobs"].float(),
         None if samples is None else samples.long(),
+        batch.get("entropy"),
     )
 
 

@@ -191,7 +191,9 @@ def extra_columns(objective: Objective, cache: Cache) -> list[str]:
     """Optional columns that the objective reads. Raises CacheError for a temperature the cache does not hold."""
     from storage.schema import temperature_column
 
-    columns = ["tail_samples"] if objective.tail == "sampled" else []
+    columns = []
+    if objective.tail == "sampled":
+        columns = ["tail_samples", *(["entropy"] if cache.manifest.scoring.entropy else [])]
     if objective.temperature != 1:
         there = cache.manifest.scoring.temperatures
         if objective.temperature not in there:
@@ -202,6 +204,13 @@ def extra_columns(objective: Objective, cache: Cache) -> list[str]:
             )
         columns.append(temperature_column(objective.temperature).name)
     return columns
+
+
+def measured_columns(caches: Sequence[Cache]) -> list[str]:
+    """What the held-out KL takes to be unbiased, where all caches hold it alike."""
+    scorings = [cache.manifest.scoring for cache in caches]
+    alike = len({scoring.tail_samples for scoring in scorings}) == 1
+    return ["tail_samples", "entropy"] if alike and all(s.tail_samples and s.entropy for s in scorings) else []
 
 
 def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
@@ -403,7 +412,8 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     eval_dataset: Mixture | None = None
     eval_collator = None
     if prepared.held_out:
-        eval_dataset = Mixture([ShardDataset(p.cache, p.eval_ids, source=i) for i, p in enumerate(parts)])
+        extra = measured_columns([part.cache for part in parts])
+        eval_dataset = Mixture([ShardDataset(p.cache, p.eval_ids, extra=extra, source=i) for i, p in enumerate(parts)])
         # Easy and hard are split over the whole held-out share, so that no batch size changes a metric.
         eval_collator = Collator(
             replace(objective, rank_scope="corpus"),

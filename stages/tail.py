@@ -13,7 +13,7 @@ With `s` that shape (it sums to 1 over the tail) the teacher's tail adds, beyond
     p^_tail * KL(s || q_tail) = p^_tail * (sum_j s_j log s_j - (sum_j s_j z_j - logsumexp_tail z))
 
 so all that the student's logits z have to give is one more number per row, `sum_j s_j z_j`. For `sampled` the first sum
-is not known; it is a constant, left at 0, so a reported DKD contains the entropy of the teacher's tail.
+follows from the stored entropy.
 """
 
 from __future__ import annotations

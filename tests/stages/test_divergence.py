@@ -218,6 +218,31 @@ def test_sampled_tail_has_the_gradient_of_the_full_teacher_on_average() -> None:
         assert ((mean[row] - torch.tensor(q / q.sum() - p)).abs() <= 5 * error[row] + 1e-12).all()
 
 
+@pytest.mark.parametrize("gold_is_kept", [True, False])
+def test_samples_and_entropy_give_the_whole_kl(gold_is_kept: bool) -> None:
+    """Of a tail that is flat, each id drawn once says all; its entropy is not in the samples but in the cache's."""
+    teacher, student, gold = random_pair(12, 30, 2.0)
+    for row in range(12):
+        order = teacher[row].argsort()[::-1]
+        gold[row] = order[2 if gold_is_kept else 9]
+        teacher[row, np.setdiff1d(order[5:], gold[row])] = teacher[row].min() - 1
+    rows = kept_rows(teacher, gold, 5)
+    tails = [np.setdiff1d(np.arange(30), [*ids, g]) for ids, g in zip(rows.top_ids.tolist(), gold, strict=True)]
+    rows.tail_samples = torch.tensor(np.array(tails))
+    p, q = full(teacher, student)
+    rows.entropy = torch.tensor(-(p * np.log(p)).sum(1))
+    found = divergences(
+        student_terms(torch.tensor(student), rows, Tail("sampled")), teacher_terms(rows, "sampled", torch.float64)
+    )
+    np.testing.assert_allclose(found.whole, (p * np.log(p / q)).sum(1), rtol=1e-9)
+    # The shape is the teacher's alone: no gradient depends on it.
+    rows.entropy = None
+    other = divergences(
+        student_terms(torch.tensor(student), rows, Tail("sampled")), teacher_terms(rows, "sampled", torch.float64)
+    )
+    assert (other.whole > found.whole).all()
+
+
 @pytest.mark.parametrize("mode", ["prior", "sampled"])
 def test_an_empty_tail_has_no_shape(mode: str) -> None:
     teacher, student, gold = random_pair(5, 12, 1.0)
