@@ -58,7 +58,7 @@ def test_caching_straight_into_a_bucket(
     pipeline: Pipeline, tiny: Tiny, cache_path: Path, s3: Proxy, tmp_path: Path
 ) -> None:
     words: list[object] = ["cache-teacher", "--teacher", tiny.teacher, "--dataset", tiny.corpus, "--output", URL]
-    words += ["--engine", "transformers", "--top-n", 8, "--shard-tokens", 1500, "--processes", 1]
+    words += ["--engine", "transformers", "--top-n", 8, "--tail-samples", 0, "--shard-tokens", 1500, "--processes", 1]
     s3.faults.append(Fault("drop", 10**6, lambda method, path: method == "PUT" and "part-00002.parquet" in path))
     one_sentence(pipeline(*words), 1, f"{URL}/shards/part-00002.parquet", "after 5 tries")
     s3.faults.clear()
