@@ -161,7 +161,7 @@ class DistillationTrainer(Trainer):
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
-        batches = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
+        batches = [as_tensors(batch) for batch in batches]
         tokens = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
         if self.objective.rank_scope == "global-batch":
             self._rank_step(batches, device)
@@ -280,6 +280,11 @@ class _AsArrays:
     def __call__(self, sequences: Any) -> dict[str, np.ndarray] | UserError:
         batch = self.collate(sequences)
         return batch if isinstance(batch, UserError) else {name: tensor.numpy() for name, tensor in batch.items()}
+
+
+def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """A batch of the training loader as the model takes it."""
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class _EpochLoader(DataLoader):

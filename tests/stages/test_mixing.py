@@ -15,6 +15,7 @@ from stages.objective import Objective
 from stages.shard_dataset import corpus_threshold
 from stages.student import StudentOptions, make_tail, make_trainer, prepare, train
 from stages.together import check_together
+from stages.training import as_tensors
 from storage.cache import Cache
 from storage.errors import CacheError
 from tests import reference
@@ -41,7 +42,7 @@ def options(tiny: Tiny, caches: list[Path], output: Path, **more: Any) -> Studen
 def test_batches_hold_the_share_of_each_cache(tiny: Tiny, cache_path: Path, other_path: Path, tmp_path: Path) -> None:
     prepared = prepare(options(tiny, [cache_path, other_path], tmp_path / "out", mix=(1, 3)))
     total = sum(len(part.train_ids) for part in prepared.parts)
-    batches = list(make_trainer(prepared).get_train_dataloader())
+    batches = [as_tensors(batch) for batch in make_trainer(prepared).get_train_dataloader()]
     source = np.concatenate([batch["source"].numpy() for batch in batches])
     assert len(source) == total
     assert (source == 1).sum() == pytest.approx(0.75 * total, abs=1)

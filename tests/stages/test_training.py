@@ -13,6 +13,7 @@ import torch
 
 from stages.objective import Objective
 from stages.student import StudentOptions, make_trainer, prepare, train
+from stages.training import as_tensors
 from tests import reference
 from tests.conftest import Tiny
 
@@ -64,7 +65,7 @@ def test_group_losses_are_averaged_over_micro_batches(tiny: Tiny, cache_path: Pa
         },
     )
     trainer = make_trainer(prepare(given))
-    batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(3), strict=False)]
+    batches = [as_tensors(batch) for batch, _ in zip(trainer.get_train_dataloader(), range(3), strict=False)]
     trainer.model.eval()
     with torch.no_grad():
         expected = np.mean([trainer.compute_loss(trainer.model, batch).item() for batch in batches])
