@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ import numpy as np
 
 from benchmarks.memory import PeakMemory
 
+SHARD_TOKENS = 8192
 ROUTES = ("generate", "ceiling", "pooling", "flat", "dicts", "transformers")
 
 
@@ -161,11 +163,25 @@ def teacher_job(make: Callable[[], Any], arguments: argparse.Namespace) -> Job:
 
     teacher = make()
 
-    def job(sequences: list[Any]) -> None:
+    def score(sequences: list[Any]) -> Any:
         scored = teacher.score(sequences, lambda tokens: None)
-        write(
-            rows_from_scored(scored.sequences, scoring(arguments, entropy=scored.tail_prior_sum is not None)), arguments
-        )
+        return rows_from_scored(scored.sequences, scoring(arguments, entropy=scored.tail_prior_sum is not None))
+
+    return shard_by_shard(score, arguments)
+
+
+def shard_by_shard(score: Callable[[list[Any]], Any], arguments: argparse.Namespace) -> Job:
+    """As `cache-teacher` does: a shard is encoded and written while the next one is scored."""
+
+    def job(sequences: list[Any]) -> None:
+        size = max(1, SHARD_TOKENS // arguments.prompt_length)
+        with ThreadPoolExecutor(1) as writer:
+            written = [
+                writer.submit(write, score(sequences[start : start + size]), arguments)
+                for start in range(0, len(sequences), size)
+            ]
+        for future in written:
+            future.result()
 
     return job
 
@@ -278,7 +294,7 @@ def dicts_job(arguments: argparse.Namespace) -> Job:
     llm = generating(arguments, max_logprobs=n, hf_overrides={"head_dtype": "float32"})
     parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=n)
 
-    def job(sequences: list[Any]) -> None:
+    def score(sequences: list[Any]) -> Any:
         prompts: Any = [{"prompt_token_ids": s.input_ids.tolist()} for s in sequences]
         scored = []
         for sequence, output in zip(sequences, llm.generate(prompts, parameters, use_tqdm=False), strict=True):
@@ -292,9 +308,9 @@ def dicts_job(arguments: argparse.Namespace) -> Job:
                     ids[position, rank] = token
                     logprobs[position, rank] = entry.logprob
             scored.append(scored_from_logprobs(sequence, ids, logprobs, gold, arguments.vocabulary))
-        write(rows_from_scored(scored, scoring(arguments, entropy=False)), arguments)
+        return rows_from_scored(scored, scoring(arguments, entropy=False))
 
-    return job
+    return shard_by_shard(score, arguments)
 
 
 JOBS: dict[str, Callable[[argparse.Namespace], Job]] = {

@@ -10,8 +10,8 @@
 
 Each way runs in a process of its own: a warm-up step, then `--steps` timed ones with AdamW; the ways take turns, round
 after round, so that a machine whose speed drifts does not favour one. Ratios are medians over rounds against `ce` of
-the same round. Memory is the peak during the steps above what the process held when the model had been loaded, so that
-gradients and AdamW's moments, which are the same for all, count as well. Weights are random; the stored rows are the
+the same round. Memory is the peak during the timed steps above what is held between steps, the weights and AdamW's
+moments: activations, logits and gradients. Weights are random; the stored rows are the
 statistics of random logits.
 """
 
@@ -122,8 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    step()
     with PeakMemory(cuda=device.type == "cuda") as memory:
-        step()
         seconds = []
         for _ in range(arguments.steps):
             started = time.perf_counter()

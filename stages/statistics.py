@@ -153,20 +153,20 @@ def row_statistics(
     )
 
 
-def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x.topk(k, dim=1)` of `[C, V]`: values in descending order and their int64 ids, both `[C, k]`.
+def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x.topk(k, dim=1)` of `[C, V]`: values, in descending order if `ordered`, and their int64 ids, both `[C, k]`.
 
     On a CPU torch selects by a heap over the whole row, the dearest step of all. Here ids are grouped, and only the k
     groups with the largest maxima are looked into: they hold the k largest values, ties aside.
     """
     groups = x.shape[1] // _GROUP
     if x.device.type != "cpu" or groups < 2 * k:
-        return x.topk(k, dim=1)
+        return x.topk(k, dim=1, sorted=ordered)
     # Ids that are `groups` apart share a group, so that the maxima are taken of contiguous vectors.
     grouped, rest = x[:, : groups * _GROUP].unflatten(1, (_GROUP, groups)), x[:, groups * _GROUP :]
-    group = top_k(grouped.amax(1), k)[1]
+    group = top_k(grouped.amax(1), k, ordered=False)[1]
     members = grouped.gather(2, group[:, None, :].expand(-1, _GROUP, -1)).flatten(1)
-    values, index = torch.cat([members, rest], 1).topk(k, dim=1)
+    values, index = torch.cat([members, rest], 1).topk(k, dim=1, sorted=ordered)
     ids = index // k * groups + group.gather(1, index % k)
     return values, torch.where(index < members.shape[1], ids, index - members.shape[1] + groups * _GROUP)
 
