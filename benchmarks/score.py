@@ -138,7 +138,8 @@ def serve(arguments: argparse.Namespace) -> None:
         ]
 
     job = JOBS[arguments.serve](arguments)
-    job(prompts(2 * arguments.prompt_length))
+    # Two full steps of the engine, so that its buffers have their size.
+    job(prompts(8192))
     work = prompts(arguments.tokens)
     with PeakMemory() as memory:
         started = time.perf_counter()
