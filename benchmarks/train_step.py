@@ -11,8 +11,7 @@
 Each way runs in a process of its own: a warm-up step, then `--steps` timed ones with AdamW; the ways take turns, round
 after round, so that a machine whose speed drifts does not favour one. Ratios are medians over rounds against `ce` of
 the same round. Memory is the peak during the timed steps above what is held between steps, the weights and AdamW's
-moments: activations, logits and gradients. Weights are random; the stored rows are the
-statistics of random logits.
+moments: activations, logits and gradients. Weights are random; the stored rows are the statistics of random logits.
 """
 
 from __future__ import annotations
