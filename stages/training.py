@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -200,7 +202,7 @@ class DistillationTrainer(Trainer):
             multiprocessing_context=(self.args.dataloader_multiprocessing_context or _START_METHOD)
             if workers
             else None,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_start_worker,
             # Its own, so that a loader that starts anew in a resumed run takes nothing from the students' randomness.
             generator=torch.Generator(),
         )
@@ -308,9 +310,19 @@ def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: batch[name] for name in ("input_ids", "rows", "position_ids") if name in batch}
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends its workers."""
+def _start_worker(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one ends its workers. Where it is killed itself, they go
+    with it: one that has a batch for it would wait for ever in its queue.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _gatherable(device: torch.device) -> torch.dtype:

@@ -192,7 +192,8 @@ def test_what_a_worker_finds_wrong_is_one_sentence(
     assert "Traceback" not in done.err
 
 
-def test_an_interrupt_leaves_no_workers(tiny: Tiny, cache_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_workers_are_left_behind(how: signal.Signals, tiny: Tiny, cache_path: Path, tmp_path: Path) -> None:
     output, errors = tmp_path / "out", tmp_path / "errors"
     words = ["train-student", "--student", tiny.student, "--shards", cache_path, "--output", output]
     words += ["--max-steps", 100_000, "--save-steps", 5, "--trainer", "dataloader_num_workers=2"]
@@ -203,13 +204,15 @@ def test_an_interrupt_leaves_no_workers(tiny: Tiny, cache_path: Path, tmp_path: 
         time.sleep(0.02)
     workers = psutil.Process(child.pid).children(recursive=True)
     assert len(workers) >= 2
-    for process in [psutil.Process(child.pid), *workers]:  # what a terminal does
-        os.kill(process.pid, signal.SIGINT)
+    # A terminal interrupts them all.
+    for process in [psutil.Process(child.pid), *(workers if how == signal.SIGINT else [])]:
+        os.kill(process.pid, how)
     child.join(PATIENCE)
-    assert child.exitcode == 130
-    # `apart` ends without Python's own clean-up, as a kill does: the workers notice that they are alone.
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
+    if how == signal.SIGKILL:
+        return
+    assert child.exitcode == 130
     assert "interrupted; start the same command again" in errors.read_text()
     assert "Traceback" not in errors.read_text()
 
