@@ -166,8 +166,8 @@ def batch_size(arguments: argparse.Namespace) -> int:
 def trainings(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     """Forward and backward passes of one student over the first batches of an epoch, loading included."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from benchmarks.models import random_qwen3
     from stages.batching import BATCHINGS, BatchPlan, EpochBatches
     from stages.distillation_forward import install_distillation
     from stages.divergence import divergences, teacher_terms
@@ -177,18 +177,7 @@ def trainings(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[
     from stages.shard_dataset import Collator, ShardDataset, sequence_lengths, teacher_rows
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        intermediate_size=3 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=max(1, arguments.hidden // 32),
-        num_key_value_heads=max(1, arguments.hidden // 64),
-        head_dim=32,
-        max_position_embeddings=arguments.max_length,
-        tie_word_embeddings=True,
-    )
-    student: Any = Qwen3ForCausalLM(config)
+    student = random_qwen3(arguments.vocabulary, arguments.hidden, arguments.layers, tied=True, head_dim=32)
     vocabulary = install_distillation(student)
     lengths = sequence_lengths(cache)
     mixture = Mixture([ShardDataset(cache, np.arange(len(lengths)))])

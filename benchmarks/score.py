@@ -18,11 +18,8 @@ The teacher is random: a Qwen3-shaped model, hidden 256, 4 layers, its head scal
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.memory import PeakMemory
+from benchmarks.rounds import report, take_turns
 
 SHARD_TOKENS = 8192
 ROUTES = ("generate", "ceiling", "pooling", "flat", "dicts", "transformers")
@@ -62,21 +60,11 @@ def main() -> None:
 
 def make_teacher(path: Path, arguments: argparse.Namespace) -> Path:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from benchmarks.models import random_qwen3
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        intermediate_size=3 * arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=max(1, arguments.hidden // 128),
-        head_dim=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    model = Qwen3ForCausalLM(config)
+    model = random_qwen3(arguments.vocabulary, arguments.hidden, arguments.layers, tied=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(15)
     model.to(getattr(torch, arguments.dtype)).save_pretrained(path)
@@ -85,20 +73,8 @@ def make_teacher(path: Path, arguments: argparse.Namespace) -> Path:
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Rounds of each route. Engines of all routes would not fit in memory at once: one is up at a time."""
-    found: dict[str, list[dict[str, float]]] = {route: [] for route in arguments.routes}
-    for turn in range(arguments.rounds):
-        for route in arguments.routes:
-            command = [sys.executable, "-m", "benchmarks.score", "--serve", route, "--model", arguments.model]
-            for name in ("vocabulary", "top_n", "prompt_length", "tokens", "dtype"):
-                command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                print(done.stderr[-2000:], file=sys.stderr)
-                raise SystemExit(f"{route} did not finish")
-            found[route].append(json.loads(lines[0].removeprefix("RESULT ")))
-            print(f"round {turn + 1} {route}: {found[route][-1]}", file=sys.stderr, flush=True)
-    return found
+    names = ("model", "vocabulary", "top_n", "prompt_length", "tokens", "dtype")
+    return take_turns("benchmarks.score", "--serve", arguments.routes, names, arguments)
 
 
 def show(arguments: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
@@ -146,7 +122,7 @@ def serve(arguments: argparse.Namespace) -> None:
         job(work)
         seconds = time.perf_counter() - started
     tokens = sum(len(sequence.input_ids) for sequence in work)
-    print("RESULT " + json.dumps({"tokens_per_second": tokens / seconds, "memory_mb": memory.growth_mb}), flush=True)
+    report(tokens_per_second=tokens / seconds, memory_mb=memory.growth_mb)
     # Engines are slow to say good-bye, and one that is left behind holds the pipe that is being read.
     import psutil
 

@@ -17,10 +17,8 @@ moments: activations, logits and gradients. Weights are random; the stored rows 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.memory import PeakMemory
+from benchmarks.models import random_qwen3
+from benchmarks.rounds import report, take_turns
 
 WAYS = ("ce", "ours", "naive", "liger", "online")
 
@@ -58,24 +58,8 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
-    given = [
-        word
-        for name, value in vars(arguments).items()
-        if name not in ("ways", "run", "rounds")
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    for turn in range(arguments.rounds):
-        for way in arguments.ways:
-            command = [sys.executable, "-m", "benchmarks.train_step", "--run", way, *given]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                print(done.stderr[-2000:], file=sys.stderr)
-                raise SystemExit(f"{way} did not finish")
-            found[way].append(json.loads(lines[0].removeprefix("RESULT ")))
-            print(f"round {turn + 1} {way}: {found[way][-1]}", file=sys.stderr, flush=True)
-    return found
+    names = [name for name in vars(arguments) if name not in ("ways", "run", "rounds")]
+    return take_turns("benchmarks.train_step", "--run", arguments.ways, names, arguments)
 
 
 def show(arguments: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
@@ -128,24 +112,13 @@ def run(arguments: argparse.Namespace) -> None:
             started = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - started)
-    print("RESULT " + json.dumps({"seconds": statistics.median(seconds), "memory_mb": memory.growth_mb}), flush=True)
+    report(seconds=statistics.median(seconds), memory_mb=memory.growth_mb)
 
 
 def make_model(arguments: argparse.Namespace, hidden: int, layers: int) -> Any:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=arguments.vocabulary,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 128),
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config).to(getattr(torch, arguments.dtype))
+    return random_qwen3(arguments.vocabulary, hidden, layers, tied=True).to(getattr(torch, arguments.dtype))
 
 
 def make_batch(arguments: argparse.Namespace) -> dict[str, Any]:
