@@ -262,7 +262,7 @@ def _padded_entries(sequences: Sequence[StoredSequence]) -> tuple[np.ndarray, np
 
 def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
     """A batch's rows in the dtypes of the arithmetic; widened here, on the device, and not on the way to it."""
-    samples = batch.get("tail_samples")
+    samples, residual = batch.get("tail_samples"), batch.get("residual_samples")
     return TeacherRows(
         batch["gold"].long(),
         batch["gold_logprob"],
@@ -271,6 +271,9 @@ def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
         batch["top_logprobs"].float(),
         None if samples is None else samples.long(),
         batch.get("entropy"),
+        batch.get("sketch_codes"),
+        None if residual is None else residual.long(),
+        batch.get("residual_mass"),
     )
 
 

@@ -66,9 +66,7 @@ class DistillationTrainer(Trainer):
         self._plan = plan or BatchPlan()
         self._lengths = lengths
         self._cache_names = tuple(cache_names)
-        # The prior is one vector for the whole run; it moves to the device once.
-        prior = None if tail.log_prior is None else tail.log_prior.to(self.args.device)
-        self._tail = replace(tail, log_prior=prior)
+        self._tail = tail.to(self.args.device)
         self._eval_collator = eval_collator
         self._vocabulary_size = install_distillation(self.model)
         self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
@@ -251,7 +249,7 @@ class DistillationTrainer(Trainer):
             ) -> torch.Tensor:
                 return evaluation.sums_by_sequence(
                     hidden, head, teacher_rows(inputs), inputs["is_hard"], inputs["sequence_of"],
-                    sequences=len(inputs["input_ids"]), vocabulary_size=self._vocabulary_size,
+                    sequences=len(inputs["input_ids"]), vocabulary_size=self._vocabulary_size, sketch=self._tail.sketch,
                 )  # fmt: skip
 
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
