@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from stages.teacher import Scored, ScoredSequence, Teacher
 from storage import schema
 from storage.cache import MANIFEST, SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
-from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity
+from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity
 from storage.places import Place, place
 from storage.plan import plan_shards
 from storage.rows import Ragged, Rows
@@ -67,7 +67,8 @@ class CacheOptions:
     vLLM's stock API scores, which cannot draw, and with a server, which decided when it was started. top_n: None:
     DEFAULT_TOP_N with samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher.
     sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
-    miss; None: DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on.
+    miss; None: DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
+    whose sketch, and its rank, is taken instead.
     """
 
     engine: EngineOptions
@@ -79,6 +80,7 @@ class CacheOptions:
     sketch_rank: int | None = None
     residual_samples: int | None = None
     sketch_positions: int | None = None
+    sketch_from: str | None = None
     dtype: str = "auto"
     max_length: int | None = None
     overlong: str = "cut"
@@ -163,12 +165,13 @@ def prepare(options: CacheOptions) -> PreparedCache:
     }
     config = load_config(teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
+    identity = teacher_identity(teacher, config)
+    sketch, sketch_bytes = _wanted_sketch(options, config, identity)
+    options = replace(options, sketch_rank=sketch.rank if sketch else None)
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
         raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
-    sketch = _wanted_sketch(options, config)
     max_length = _max_length(options, config)
-    identity = teacher_identity(teacher, config)
     tokenizer = load_tokenizer(teacher, **source)
     choice = choose(
         options.engine,
@@ -190,7 +193,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
             **options.columns,
         ),
     )
-    if sketch is not None and corpus.report.trained_positions < sketch.rank:
+    if sketch is not None and sketch.sha256 is None and corpus.report.trained_positions < sketch.rank:
         raise UserError(
             f"--sketch-rank {sketch.rank}: the corpus has only {corpus.report.trained_positions} positions with a loss "
             "to calibrate the sketch on; give more text, or a rank that is far lower"
@@ -219,15 +222,23 @@ def prepare(options: CacheOptions) -> PreparedCache:
         source={"dataset": Path(options.dataset).name if os.path.exists(options.dataset) else options.dataset},
         made_with={**_versions(), "engine": choice.reason},
     )
-    manifest, there = _sketch_there(options.output, manifest)
+    if sketch_bytes is None:
+        manifest, sketch_bytes = _sketch_there(options.output, manifest)
     cache = Cache.resume(options.output, manifest)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
-    return PreparedCache(options, manifest, corpus, tokenizer, choice, pending, there)
+    return PreparedCache(options, manifest, corpus, tokenizer, choice, pending, sketch_bytes)
 
 
-def _wanted_sketch(options: CacheOptions, config: PretrainedConfig) -> SketchIdentity | None:
-    """What the options say of a sketch, whose checksum is not known yet. Raises UserError."""
+def _wanted_sketch(
+    options: CacheOptions, config: PretrainedConfig, teacher: TeacherIdentity
+) -> tuple[SketchIdentity | None, bytes | None]:
+    """What the options say of a sketch, and its bytes where another cache has it; else its checksum is not known yet.
+
+    Raises UserError, and CacheError for another cache that has no sketch of this teacher.
+    """
     rank = options.sketch_rank
+    if options.sketch_from is not None:
+        return _sketch_of_another(options, teacher)
     if rank is None:
         for name, value in [
             ("--residual-samples", options.residual_samples),
@@ -235,14 +246,37 @@ def _wanted_sketch(options: CacheOptions, config: PretrainedConfig) -> SketchIde
         ]:
             if value is not None:
                 raise UserError(f"{name} {value}: means nothing without a sketch; add --sketch-rank")
-        return None
+        return None, None
     width = int(config.get_text_config().hidden_size)
     if rank > width:
         raise UserError(f"--sketch-rank {rank}: the teacher's hidden states have only {width} dimensions")
     positions = DEFAULT_POSITIONS if options.sketch_positions is None else options.sketch_positions
     if positions < rank:
         raise UserError(f"--sketch-positions {positions}: too few for --sketch-rank {rank}; give many times the rank")
-    return SketchIdentity(rank=rank, residual_samples=options.statistics().residual_samples, positions=positions)
+    residuals = options.statistics().residual_samples
+    return SketchIdentity(rank=rank, residual_samples=residuals, positions=positions), None
+
+
+def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple[SketchIdentity, bytes]:
+    """The sketch of the cache `sketch_from`. Raises UserError and CacheError as `_wanted_sketch` does."""
+    assert options.sketch_from is not None
+    other = Cache.open(options.sketch_from)
+    data = other.sketch_bytes()
+    theirs = other.manifest.scoring.sketch
+    assert theirs is not None
+    if (teacher.config_sha256, teacher.weights, teacher.revision) != (
+        other.manifest.teacher.config_sha256,
+        other.manifest.teacher.weights,
+        other.manifest.teacher.revision,
+    ):
+        raise CacheError(f"--sketch-from {options.sketch_from}: its sketch is of another teacher")
+    if options.sketch_positions is not None or options.sketch_rank not in (None, theirs.rank):
+        raise UserError(
+            f"--sketch-from {options.sketch_from}: its sketch has rank {theirs.rank} and is calibrated already; leave "
+            "out --sketch-rank and --sketch-positions"
+        )
+    residuals = replace(options, sketch_rank=theirs.rank).statistics().residual_samples
+    return theirs.model_copy(update={"residual_samples": residuals}), data
 
 
 def _sketch_there(output: str, manifest: Manifest) -> tuple[Manifest, bytes | None]:

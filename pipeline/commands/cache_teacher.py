@@ -73,6 +73,13 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     help="Positions with a loss, from the start of the corpus, on which the sketch is calibrated.",
 )
 @click.option(
+    "--sketch-from",
+    metavar="DIR_OR_URL",
+    type=click.Path(),
+    show_default="none",
+    help="Take the sketch of another cache of this teacher, so that students can be trained from both with it.",
+)
+@click.option(
     "--engine",
     default="auto",
     type=click.Choice(["auto", "transformers", "vllm", "server"]),
