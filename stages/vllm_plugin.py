@@ -307,7 +307,7 @@ class StatisticsCollector:
         prior_rows = torch.from_numpy(in_prior).to(device) if in_prior.any() else None
         uniform_rows = torch.from_numpy(uniforms).to(device) if self.options.tail_samples else None
         residual_rows = torch.from_numpy(residuals).to(device) if self.options.residual_samples else None
-        if self.options.sketch_rank and self.sketch is None and any(chunk.key is not None for chunk in chunks):
+        if self.collects and self._lacks_sketch and any(chunk.key is not None for chunk in chunks):
             raise RuntimeError("positions are scored before the workers have the sketch")
         entry_rows = np.flatnonzero(entry)
         entry_index = torch.from_numpy(entry_rows).to(device)
@@ -379,6 +379,10 @@ class StatisticsCollector:
         return [
             (hidden.new_zeros((len(c.scored()), 0)), hidden.new_zeros((int(c.stored_mask().sum()), 0))) for c in chunks
         ]
+
+    @property
+    def _lacks_sketch(self) -> bool:
+        return self.options.sketch_rank > 0 and self.sketch is None
 
     def _codes(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """int8 `[C, r]`. Before there is a sketch, when vLLM measures memory, they are 0."""

@@ -222,8 +222,13 @@ def test_a_sketch_of_every_stored_position_once_on_all_ranks_alike(head: torch.T
     sketches = []
     for collects in (True, False):
         collector = StatisticsCollector(compute(collects), SKETCHED, VOCABULARY, collects=collects)
-        with pytest.raises(RuntimeError, match="before the workers have the sketch"):
-            collector.collect(prompts[0].hidden, [prompts[0].chunk(0, 40)])
+        if collects:
+            with pytest.raises(RuntimeError, match="before the workers have the sketch"):
+                collector.collect(prompts[0].hidden, [prompts[0].chunk(0, 40)])
+        else:
+            # It never has one, and must not leave the others waiting.
+            assert collector.collect(prompts[0].hidden, [prompts[0].chunk(0, 40)]) == [None]
+            assert len(calls[collects]) == 1
         calls[collects].clear()
         collector.start_moments()
         for start, stop in ((0, 15), (15, 23), (0, 30), (30, 40)):
