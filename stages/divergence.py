@@ -194,7 +194,7 @@ def _add_sketch(terms: StudentTerms, z: torch.Tensor, outside: torch.Tensor, row
     present = outside > float("-inf")
     if tail.compared == "reverse":
         log_q = (outside - terms.tail[:, None]).masked_fill(~present, 0.0)
-        log_w = x.log_softmax(1).to(z).masked_fill(~present, 0.0)
+        log_w = floored(x.log_softmax(1)).to(z).masked_fill(~present, 0.0)
         terms.spread = (log_q.exp().masked_fill(~present, 0.0) * (log_q - log_w)).sum(1)
         return
     q = (outside - torch.logsumexp(z, 1, keepdim=True)).masked_fill(~present, float("-inf")).exp()
@@ -295,10 +295,8 @@ def divergences(
         dkd = _weighted_gap(teacher.entries, entries).sum(1) + _weighted_gap(teacher.tail, tail)
         unc = teacher.nongold.exp()
     else:
-        tkd = _weighted_gap(log_q_gold, _floored(teacher.gold)) + _weighted_gap(
-            log_q_nongold, _floored(teacher.nongold)
-        )
-        dkd = _weighted_gap(entries, _floored(teacher.entries)).sum(1) + _weighted_gap(tail, _floored(teacher.tail))
+        tkd = _weighted_gap(log_q_gold, floored(teacher.gold)) + _weighted_gap(log_q_nongold, floored(teacher.nongold))
+        dkd = _weighted_gap(entries, floored(teacher.entries)).sum(1) + _weighted_gap(tail, floored(teacher.tail))
         unc = log_q_nongold.exp()
     if student.expected is not None and student.shape is not None:
         # An empty tail, the teacher's or the student's, has no shape to compare.
@@ -339,7 +337,7 @@ def _finite(log_p: torch.Tensor) -> torch.Tensor:
     return log_p.masked_fill(log_p == float("-inf"), -1e4)
 
 
-def _floored(log_p: torch.Tensor) -> torch.Tensor:
+def floored(log_p: torch.Tensor) -> torch.Tensor:
     """Reversed, a teacher that has nothing where the student has something is infinitely far: bound it at e^-50."""
     return log_p.clamp(min=-50.0)
 

@@ -15,6 +15,7 @@ integers, which are all that a position stores; U and bias are stored once.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -84,7 +85,8 @@ class Sketch:
         return len(self.scales)
 
     def to(self, device: torch.device | str) -> Sketch:
-        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
     def encode(self, hidden: torch.Tensor) -> torch.Tensor:
         """int8 `[C, r]` of hidden states `[C, H]`."""
