@@ -1,15 +1,15 @@
 """The sketch of a teacher, made once per cache from what it says about the first positions of the corpus.
 
-Every engine has two things to give: the moments of its hidden states, and a head `[C, H] -> [C, V]`, of which nothing is
-known but what it does. Fed with unit vectors, it shows its own weight matrix, with whatever scale the model puts on its
-logits inside and however its rows are spread over devices. Only a cap on the logits must be known by name.
+Every engine has two things to give: the moments of its hidden states, and a head `[C, H] -> [C, V]`, of which nothing
+is known but what it does. Fed with unit vectors, it shows its own weight matrix, with whatever scale the model puts on
+its logits inside and however its rows are spread over devices. Only a cap on the logits must be known by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -126,16 +126,10 @@ def _uncapped(logits: torch.Tensor | None, soft_cap: float | None) -> torch.Tens
     return x if soft_cap is None else soft_cap * torch.atanh(x / soft_cap)
 
 
-def to_file(sketch: Sketch, manifest: Manifest, positions: int) -> SketchFile:
-    """positions: how many it was calibrated on."""
+def to_file(sketch: Sketch, about: Mapping[str, Any]) -> SketchFile:
+    """about: what else the file is to say, plain JSON."""
     tensors = {name: getattr(sketch, name).cpu().numpy() for name in SHAPES}
-    about = {
-        "calibration": calibration_id(manifest),
-        "positions": positions,
-        "logit_scale": sketch.logit_scale,
-        "soft_cap": sketch.soft_cap,
-    }
-    return SketchFile(tensors, about)
+    return SketchFile(tensors, {**about, "logit_scale": sketch.logit_scale, "soft_cap": sketch.soft_cap})
 
 
 def from_file(file: SketchFile) -> Sketch:

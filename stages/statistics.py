@@ -33,6 +33,7 @@ class StatisticsOptions:
     tail_samples: M ids drawn from the tail in proportion to p, one from each M-th of its mass; 0 for none.
     residual_samples: as many drawn in proportion to |p - w|, w the tail as a sketch has it; 0 for none.
     seed: of both kinds of samples.
+    sketch_rank: codes per position of that sketch (stages.sketch); 0 for none.
     """
 
     top_n: int
@@ -40,6 +41,7 @@ class StatisticsOptions:
     tail_samples: int = 0
     residual_samples: int = 0
     seed: int = 0
+    sketch_rank: int = 0
 
 
 @dataclass
@@ -58,6 +60,8 @@ class RowStatistics:
     # empty. w + R/M sum sign delta_id has the expectation p.
     residual_samples: torch.Tensor
     residual_mass: torch.Tensor
+    # KL from p to the distribution that has w in the place of p's tail, nats; 0 without a sketch.
+    sketch_kl: torch.Tensor  # float32 [C]
 
 
 def rows_per_slice(vocabulary_size: int, budget_bytes: int = 64 << 20) -> int:
@@ -111,6 +115,8 @@ def row_statistics(
     uniforms: float64 `[C, M]` in [0, 1), needed when `options.tail_samples` is set.
     prior_sum: float `[V]`, to which the tail distribution of the rows in `prior_rows` (bool `[C]`, all
         when None) is added: `sum_t p_t(j) [j not in K_t]`.
+    sketch_logits: float `[C, V]`, what the codes of these rows give back; overwritten.
+    residual_uniforms: float64 `[C, M]` in [0, 1), needed when `options.residual_samples` is set.
     """
     x = logits.float()
     top, top_ids = top_k(x, options.top_n)
@@ -149,10 +155,13 @@ def row_statistics(
     else:
         samples = top_ids.new_empty((len(gold), 0))
     residual_samples, residual_mass = top_ids.new_zeros((len(gold), options.residual_samples)), x.new_zeros(len(gold))
+    tail_sketch = sketch_lse = None
     if sketch_logits is not None:
+        tail_sketch = torch.linalg.vecdot(tail_p, sketch_logits)
         sketch_logits.scatter_(1, top_ids, float("-inf")).scatter_(1, gold_column, float("-inf"))
         if options.residual_samples and residual_uniforms is None:
             raise ValueError("residual samples need uniforms")
+        sketch_lse = sketch_logits.logsumexp(1)
         residual_samples, residual_mass = _residual(tail_p, tail, sketch_logits, residual_uniforms)
     elif options.residual_samples:
         raise ValueError("residual samples need the logits of a sketch")
@@ -163,6 +172,11 @@ def row_statistics(
     if tail_x.isnan().any():
         tail_x = products.nan_to_num_(nan=0.0).sum(1)
     mean_x = (top_p * top_x).sum(1) + (outside_p * gold_x).squeeze(1) + tail_x - peak.squeeze(1) * tail
+    sketch_kl = torch.zeros_like(tail)
+    if tail_sketch is not None and sketch_lse is not None:
+        # sum p (log p - log tail) - sum p log w over the tail.
+        own = tail_x - (log_z + peak).squeeze(1) * tail - torch.xlogy(tail, tail)
+        sketch_kl = (own - tail_sketch + sketch_lse * tail).clamp_(min=0.0).masked_fill_(tail == 0, 0.0)
     # After everything that may run out of memory, so that a caller can try again with fewer rows.
     if prior_sum is not None and tail_sum is not None:
         prior_sum += tail_sum
@@ -176,6 +190,7 @@ def row_statistics(
         tail_samples=samples,
         residual_samples=residual_samples,
         residual_mass=residual_mass,
+        sketch_kl=sketch_kl,
     )
 
 

@@ -44,7 +44,7 @@ class SketchFile:
         return save(tensors, {_KEY: json.dumps(self.about, sort_keys=True)})
 
     @classmethod
-    def from_bytes(cls, data: bytes, path: Place, *, rank: int, vocabulary_size: int) -> SketchFile:
+    def from_bytes(cls, data: bytes, path: Place | str, *, rank: int, vocabulary_size: int) -> SketchFile:
         """Raises CacheError for anything but a sketch of this size; path: what the sentence names."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
