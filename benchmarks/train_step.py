@@ -142,7 +142,7 @@ def make_batch(arguments: argparse.Namespace) -> dict[str, Any]:
     for part in gold.split(64):
         logits = 3 * torch.randn((len(part), arguments.vocabulary), generator=generator)
         uniforms = torch.rand((len(part), samples), dtype=torch.float64, generator=generator)
-        codes.append(torch.randint(-20, 21, (len(part), sketch.rank), generator=generator).to(torch.int8))
+        codes.append(torch.randint(108, 149, (len(part), sketch.rank), generator=generator).to(torch.uint8))
         drawn = {"uniforms": uniforms, "residual_uniforms": uniforms}
         parts.append(row_statistics(logits, part, options, sketch_logits=sketch.logits(codes[-1]), **drawn))
 

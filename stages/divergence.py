@@ -37,7 +37,7 @@ class TeacherRows:
     gold: int64 `[R]`; gold_logprob, tail_logmass: float32 `[R]`, nats;
     top_ids: int64 `[R, N]`; top_logprobs: float32 `[R, N]`, -inf where a position has fewer entries;
     tail_samples: int64 `[R, M]`, -1 where the tail is empty; entropy: float `[R]`, nats, of the teacher's full
-    distribution; None where they were not read. sketch_codes: int8 `[R, r]`; residual_samples: int64 `[R, M]` and
+    distribution; None where they were not read. sketch_codes: uint8 `[R, r]`; residual_samples: int64 `[R, M]` and
     residual_mass: float `[R]`, as in RowStatistics.
     """
 
@@ -220,11 +220,13 @@ def residual_weights(rows: TeacherRows, tail: Tail, width: int) -> tuple[torch.T
     They were drawn at temperature 1 and mean nothing at another. width: of the student's vocabulary; what it has no id
     for adds nothing.
     """
-    signed, mass = rows.residual_samples, rows.residual_mass
-    if signed is None or mass is None or not signed.shape[1] or tail.temperature != 1.0:
+    ids, mass = rows.residual_samples, rows.residual_mass
+    if ids is None or mass is None or not ids.shape[1] or tail.temperature != 1.0:
         return None
-    ids = torch.where(signed < 0, -1 - signed, signed)
-    shares = torch.where(signed < 0, -1.0, 1.0) * (mass.float() / signed.shape[1])[:, None]
+    more = (ids.shape[1] + 1) // 2
+    sign = torch.full((ids.shape[1],), -0.5 / max(1, ids.shape[1] - more), device=ids.device)
+    sign[:more] = 0.5 / more
+    shares = mass.float()[:, None] * sign
     return ids.clamp(max=width - 1), shares.masked_fill(ids >= width, 0.0)
 
 
