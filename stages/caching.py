@@ -254,6 +254,8 @@ def _wanted_sketch(
     if positions < rank:
         raise UserError(f"--sketch-positions {positions}: too few for --sketch-rank {rank}; give many times the rank")
     residuals = options.statistics().residual_samples
+    if residuals == 1:
+        raise UserError("--residual-samples 1: cannot stand for both signs; give 0, 2 or more")
     return SketchIdentity(rank=rank, residual_samples=residuals, positions=positions), None
 
 

@@ -25,6 +25,7 @@ from stages.divergence import (
     BUCKET,
     StudentTerms,
     TeacherRows,
+    floored,
     kept_ids,
     residual_weights,
     sample_weights,
@@ -175,7 +176,7 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False
                 terms.expected += (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
         elif tail.compared == "reverse":
             # log q - log w, up to the student's normaliser.
-            x = torch.sub(z, x.log_softmax(1).to(z))
+            x = torch.sub(z, floored(x.log_softmax(1)).to(z))
         else:
             x = x.softmax(1).to(z)
     outside = z if own and tail.mode != "prior" else z.clone()

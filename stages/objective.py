@@ -74,7 +74,7 @@ class Objective:
     @property
     def compared(self) -> Compared:
         if self.name in ("jsd", "tvd"):
-            return self.name  # type: ignore[return-value]
+            return self.name
         return self.direction
 
     def for_cache(

@@ -136,7 +136,7 @@ class PackedStatistics:
         codes = 2 * options.top_n + options.tail_samples
         samples = codes + options.sketch_rank
         return {
-            "sketch_codes": self.entries[:, codes:samples].astype(np.int8),
+            "sketch_codes": self.entries[:, codes:samples].astype(np.uint8),
             "residual_samples": self.entries[:, samples:-2].astype(np.int32),
             "residual_mass": self.entries[:, -2].copy(),
             "sketch_kl": self.entries[:, -1].copy(),
@@ -385,11 +385,11 @@ class StatisticsCollector:
         return self.options.sketch_rank > 0 and self.sketch is None
 
     def _codes(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """int8 `[C, r]`. Before there is a sketch, when vLLM measures memory, they are 0."""
+        """uint8 `[C, r]`. Before there is a sketch, when vLLM measures memory, they are 0."""
         if not self.options.sketch_rank:
             return None
         if self.sketch is None:
-            return torch.zeros((len(hidden), self.options.sketch_rank), dtype=torch.int8, device=hidden.device)
+            return torch.zeros((len(hidden), self.options.sketch_rank), dtype=torch.uint8, device=hidden.device)
         return self.sketch.encode(hidden)
 
     def _add_to_prior(self, tail_sum: torch.Tensor) -> None:

@@ -78,11 +78,11 @@ TAIL_SAMPLES = Column(
 
 SKETCH_CODES = Column(
     "sketch_codes",
-    pa.int8(),
+    pa.uint8(),
     "P*r",
     "steps",
-    "code z of the teacher's last hidden state; with `sketch.safetensors` the logits of the tail are about "
-    "bias + basis (scales * z)",
+    "code c of the teacher's last hidden state, 1..255; with `sketch.safetensors` the logits of the tail are about "
+    "bias + basis (scales * (c - 128))",
     optional=True,
 )
 RESIDUAL_SAMPLES = Column(
@@ -90,8 +90,8 @@ RESIDUAL_SAMPLES = Column(
     pa.int32(),
     "P*M",
     "token id",
-    "M ids per stored position drawn from the tail in proportion to |p - w|, w the tail that the codes give, both "
-    "summing to 1: the id where p > w, else -(id + 1); of no meaning where residual_mass is 0",
+    "M ids per stored position drawn from the tail, w the tail that the codes give, both summing to 1: the first "
+    "ceil(M/2) in proportion to max(p - w, 0), the others to max(w - p, 0); of no meaning where residual_mass is 0",
     optional=True,
 )
 RESIDUAL_MASS = Column(
@@ -99,7 +99,8 @@ RESIDUAL_MASS = Column(
     pa.float16(),
     "P",
     "probability",
-    "R, the sum of |p - w| over the tail: w + R / M times the signed samples has the expectation p",
+    "R, the sum of |p - w| over the tail: w, plus R/2 shared out among the former samples, less R/2 among the latter, "
+    "has the expectation p",
     optional=True,
 )
 

@@ -68,7 +68,7 @@ def test_rows_against_the_whole_teacher(cache: Cache, model: Any) -> None:
             ids, mask = rows["input_ids"][row], rows["loss_mask"][row]
             assert mask.all()
             hidden = states(model, ids)
-            codes = rows["sketch_codes"][row].reshape(-1, RANK).astype(np.float64)
+            codes = rows["sketch_codes"][row].reshape(-1, RANK).astype(np.float64) - 128
             exact = (hidden - sketch["mean"]) @ sketch["encoder"].T / sketch["scales"]
             assert np.abs(exact - codes).max() < 0.5 + 1e-3
             same += int((np.rint(exact) == codes).sum())
@@ -82,8 +82,9 @@ def test_rows_against_the_whole_teacher(cache: Cache, model: Any) -> None:
             found = rows["residual_mass"][row].astype(np.float64)
             np.testing.assert_allclose(found, np.abs(residual).sum(1), rtol=2e-3)
             signed = rows["residual_samples"][row].reshape(-1, SAMPLES).astype(np.int64)
-            drawn = np.take_along_axis(residual, np.where(signed < 0, -1 - signed, signed), 1)
-            assert (np.sign(drawn) == np.where(signed < 0, -1, 1))[np.abs(drawn) > 1e-6].all()
+            drawn = np.take_along_axis(residual, signed, 1)
+            signs = np.where(np.arange(SAMPLES) < (SAMPLES + 1) // 2, 1, -1)
+            assert (np.sign(drawn) == signs)[np.abs(drawn) > 1e-6].all()
             tail_mass = np.exp(rows["tail_logmass"][row].astype(np.float64))
             gap = np.log(np.where(tail, p, 1.0)) - np.log(np.where(tail, w, 1.0))
             kl += float((tail_mass * (p * gap).sum(1)).sum())
@@ -317,12 +318,13 @@ def test_a_batch_of_shards_against_float64(cache: Cache) -> None:
             z -= np.log(np.exp(np.delete(z, kept)).sum())
             log_q = z - np.log(np.exp(z).sum())
             codes = stored["sketch_codes"][row].reshape(-1, RANK)[position]
-            x = sketch["bias"] + sketch["basis"] @ (codes * sketch["scales"])
+            x = sketch["bias"] + sketch["basis"] @ ((codes.astype(float) - 128) * sketch["scales"])
             x[kept] = -np.inf
             shares = softmax(x[None])[0]
             signed = stored["residual_samples"][row].reshape(-1, SAMPLES)[position].astype(np.int64)
-            share = float(stored["residual_mass"][row][position]) / SAMPLES
-            np.add.at(shares, np.where(signed < 0, -1 - signed, signed), np.where(signed < 0, -share, share))
+            more, half = (SAMPLES + 1) // 2, float(stored["residual_mass"][row][position]) / 2
+            np.add.at(shares, signed[:more], half / more)
+            np.add.at(shares, signed[more:], -half / (SAMPLES - more))
             in_tail = z @ shares - np.log(np.exp(z).sum())
             cross = np.exp(np.array(list(logp.values()), np.float64)) @ log_q[kept]
             cross += np.exp(float(stored["tail_logmass"][row][position])) * in_tail
