@@ -315,7 +315,7 @@ def test_an_interrupt_does_not_wait_for_answers(pooling: Server) -> None:
 
 
 def test_a_server_that_is_down(pooling: Server) -> None:
-    pooling.close()
+    pooling.http.close()
     with pytest.raises(UserError, match=r"no server answers .*; start it, or correct --server-url") as caught:
         connect(pooling)
     assert caught.type is UserError
