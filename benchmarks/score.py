@@ -265,11 +265,13 @@ def dicts_job(arguments: argparse.Namespace) -> Job:
     from vllm import SamplingParams
 
     from stages.caching import rows_from_scored
+    from stages.statistics import StatisticsOptions
     from stages.vllm_prompt_logprobs import scored_from_logprobs
 
     n = arguments.top_n
     llm = generating(arguments, max_logprobs=n, hf_overrides={"head_dtype": "float32"})
     parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=n)
+    options = StatisticsOptions(n)
 
     def score(sequences: list[Any]) -> Any:
         prompts: Any = [{"prompt_token_ids": s.input_ids.tolist()} for s in sequences]
@@ -284,7 +286,7 @@ def dicts_job(arguments: argparse.Namespace) -> Job:
                 for rank, (token, entry) in enumerate(ranked):
                     ids[position, rank] = token
                     logprobs[position, rank] = entry.logprob
-            scored.append(scored_from_logprobs(sequence, ids, logprobs, gold, arguments.vocabulary))
+            scored.append(scored_from_logprobs(sequence, ids, logprobs, gold, options, arguments.vocabulary))
         return rows_from_scored(scored, scoring(arguments, entropy=False))
 
     return shard_by_shard(score, arguments)

@@ -61,7 +61,13 @@ TAIL_LOGMASS = Column(
 ENTROPY = Column(
     "entropy", pa.float16(), "L-1", "nats", "entropy of the full distribution; absent where the engine cannot tell"
 )
-TOP_COUNT = Column("top_count", pa.uint16(), "L-1", "entries", "top-N entries of this position; 0 where masked out")
+TOP_COUNT = Column(
+    "top_count",
+    pa.uint16(),
+    "L-1",
+    "entries",
+    "top-N entries of this position (adaptive N: of its prefix); 0 where masked out",
+)
 TOP_IDS = Column("top_ids", pa.int32(), "E", "token id", "ids of the entries, most probable first")
 TOP_LOGPROBS = Column("top_logprobs", pa.float16(), "E", "nats", "their log-probabilities, descending")
 TAIL_SAMPLES = Column(

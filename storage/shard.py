@@ -191,8 +191,11 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
                 yield f"{row_of(at)}: {name} is {at_temperature[at]:g}, not the logarithm of a sum"
     if (at := _first((counts > 0) != mask.values)) is not None:
         yield f"{row_of(at)}: top_count is {counts[at]} where the loss mask is {bool(mask.values[at])}"
-    if (at := _first(counts > manifest.scoring.top_n)) is not None:
-        yield f"{row_of(at)}: top_count is {counts[at]}, this cache keeps {manifest.scoring.top_n}"
+    scoring = manifest.scoring
+    fewest = scoring.min_n if scoring.tail_epsilon else scoring.top_n
+    if (at := _first((counts > scoring.top_n) | ((counts > 0) & (counts < fewest)))) is not None:
+        keeps = f"{fewest}..{scoring.top_n}" if fewest < scoring.top_n else scoring.top_n
+        yield f"{row_of(at)}: top_count is {counts[at]}, this cache keeps {keeps}"
     starts = np.concatenate([[0], np.cumsum(counts)])
     position_of_entry = np.repeat(np.arange(len(counts)), counts)
     if (at := _first((top_ids < 0) | (top_ids >= manifest.vocabulary_size))) is not None:
@@ -241,6 +244,13 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     gold_in_top = np.zeros(len(counts), bool)
     gold_in_top[entry_position] = True
     stored = counts > 0
+    if epsilon := scoring.tail_epsilon:
+        heavy = stored & (counts < scoring.top_n) & ~(np.exp(tail) <= epsilon * (1 + 1e-5))
+        if (at := _first(heavy)) is not None:
+            yield (
+                f"{row_of(at)}: {counts[at]} entries leave a tail of {np.exp(tail[at]):.3g}, this cache stops below "
+                f"{scoring.top_n} entries only where less than {epsilon:g} is left"
+            )
     last = np.full(len(counts), np.inf)
     last[stored] = top_logprobs[starts[1:][stored] - 1]
     outside = stored & ~gold_in_top & (gold_logprob > last + 1e-4 + precision * np.abs(last))
