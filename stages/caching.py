@@ -318,7 +318,7 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
     return Rows(
         np.array([s.sequence.sequence_id for s in sequences], np.int64),
         {
-            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            column.name: Ragged.from_lists(lists[column.name], column.dtype)
             for column in scoring.columns
             if column.is_list
         },
