@@ -52,13 +52,16 @@ class CacheOptions:
 
     temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 where vLLM's stock API
     scores, which cannot draw, and with a server, which decided when it was started. top_n: None: DEFAULT_TOP_N with
-    samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher.
+    samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the teacher. tail_epsilon,
+    min_n: as in StatisticsOptions; top_n is then the most that a position keeps.
     """
 
     engine: EngineOptions
     dataset: str
     output: str
     top_n: int | None = None
+    tail_epsilon: float = 0.0
+    min_n: int = 1
     temperatures: tuple[float, ...] = ()
     tail_samples: int | None = None
     dtype: str = "auto"
@@ -75,9 +78,10 @@ class CacheOptions:
 
     def statistics(self) -> StatisticsOptions:
         samples = self._samples
-        default = DEFAULT_TOP_N if samples and not self.temperatures else DEFAULT_TOP_N_ALONE
+        few = samples and not self.temperatures and not self.tail_epsilon
+        default = DEFAULT_TOP_N if few else DEFAULT_TOP_N_ALONE
         top_n = default if self.top_n is None else self.top_n
-        return StatisticsOptions(top_n, self.temperatures, samples, self.seed)
+        return StatisticsOptions(top_n, self.temperatures, samples, self.seed, self.tail_epsilon, self.min_n)
 
     @property
     def _samples(self) -> int:
@@ -122,6 +126,10 @@ def prepare(options: CacheOptions) -> PreparedCache:
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
         raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
+    if statistics.min_n > statistics.top_n:
+        raise UserError(f"--min-n {statistics.min_n}: is above --top-n {statistics.top_n}")
+    if statistics.min_n > 1 and not statistics.tail_epsilon:
+        raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
     max_length = _max_length(options, config)
     identity = teacher_identity(teacher, config)
     tokenizer = load_tokenizer(teacher, **source)
@@ -162,6 +170,8 @@ def prepare(options: CacheOptions) -> PreparedCache:
             logprob_bits=options.logprob_bits,
             seed=options.seed,
             max_length=max_length,
+            tail_epsilon=statistics.tail_epsilon,
+            min_n=statistics.min_n,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
         # A path says more about the machine than about the data; its last part is enough to recognise it.
@@ -290,15 +300,16 @@ def _write(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
 
 def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -> Rows:
     """The rows of a shard: statistics in float32 become the columns of the format."""
+    kept = [s.top_ids >= 0 for s in sequences]
     lists = {
         "input_ids": [s.sequence.input_ids for s in sequences],
         "loss_mask": [s.sequence.loss_mask for s in sequences],
         "gold_logprob": [s.gold_logprob for s in sequences],
         "tail_logmass": [s.tail_logmass for s in sequences],
         "entropy": [s.entropy for s in sequences],  # NaN where the engine cannot tell; then there is no such column
-        "top_count": [np.where(s.sequence.loss_mask, s.top_ids.shape[1], 0) for s in sequences],
-        "top_ids": [s.top_ids.ravel() for s in sequences],
-        "top_logprobs": [s.top_logprobs.ravel() for s in sequences],
+        "top_count": [_at_stored(s.sequence.loss_mask, k.sum(1)) for s, k in zip(sequences, kept, strict=True)],
+        "top_ids": [_picked(s.top_ids, k) for s, k in zip(sequences, kept, strict=True)],
+        "top_logprobs": [_picked(s.top_logprobs, k) for s, k in zip(sequences, kept, strict=True)],
         "tail_samples": [s.tail_samples.ravel() for s in sequences],
     }
     for column, temperature in enumerate(scoring.temperatures):
@@ -307,8 +318,20 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
     return Rows(
         np.array([s.sequence.sequence_id for s in sequences], np.int64),
         {
-            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            column.name: Ragged.from_lists(lists[column.name], column.dtype)
             for column in scoring.columns
             if column.is_list
         },
     )
+
+
+def _picked(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The entries that are kept, flat."""
+    return values.ravel() if kept.all() else values[kept]
+
+
+def _at_stored(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One value per position, 0 where the loss mask is not set."""
+    whole = np.zeros(len(mask), values.dtype)
+    whole[mask] = values
+    return whole
