@@ -269,7 +269,6 @@ def logprobs_job(arguments: argparse.Namespace, flat: bool) -> Job:
 
     from stages.caching import rows_from_scored
     from stages.statistics import StatisticsOptions
-<<<<<<< HEAD
     from stages.vllm_prompt_logprobs import scored_from_flat
 
     options = StatisticsOptions(arguments.top_n)
@@ -287,30 +286,6 @@ def logprobs_job(arguments: argparse.Namespace, flat: bool) -> Job:
             else scored_from_dicts(sequence, output.prompt_logprobs, arguments)
             for sequence, output in zip(sequences, outputs, strict=True)
         ]
-=======
-    from stages.statistics import StatisticsOptions
-    from stages.vllm_prompt_logprobs import scored_from_logprobs
-
-    n = arguments.top_n
-    llm = generating(arguments, max_logprobs=n, hf_overrides={"head_dtype": "float32"})
-    parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=n)
-    options = StatisticsOptions(n)
-
-    def score(sequences: list[Any]) -> Any:
-        prompts: Any = [{"prompt_token_ids": s.input_ids.tolist()} for s in sequences]
-        scored = []
-        for sequence, output in zip(sequences, llm.generate(prompts, parameters, use_tqdm=False), strict=True):
-            ids = np.zeros((len(sequence.input_ids) - 1, n), np.int32)
-            logprobs = np.zeros((len(sequence.input_ids) - 1, n), np.float32)
-            gold = np.zeros(len(sequence.input_ids) - 1, np.float32)
-            for position, entries in enumerate(output.prompt_logprobs[1:]):
-                gold[position] = entries[int(sequence.input_ids[position + 1])].logprob
-                ranked = sorted(entries.items(), key=lambda item: item[1].rank)[:n]
-                for rank, (token, entry) in enumerate(ranked):
-                    ids[position, rank] = token
-                    logprobs[position, rank] = entry.logprob
-            scored.append(scored_from_logprobs(sequence, ids, logprobs, gold, options, arguments.vocabulary))
->>>>>>> small
         return rows_from_scored(scored, scoring(arguments, entropy=False))
 
     return shard_by_shard(score, arguments)

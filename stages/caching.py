@@ -113,15 +113,23 @@ class PreparedCache:
         return sum(shard.tokens for index, shard in enumerate(self.manifest.shards) if index not in waiting)
 
 
-def prepare(options: CacheOptions) -> PreparedCache:
-    """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
-    Cache.check_target(options.output)
-    teacher = options.engine.teacher
+@dataclass(frozen=True)
+class TeacherFiles:
+    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int
+    max_length: int
+
+
+def read_teacher(options: CacheOptions) -> TeacherFiles:
+    """Raises UserError where the teacher is not there, or cannot give what the options ask for."""
     source: dict[str, Any] = {
         "revision": options.engine.revision,
         "trust_remote_code": options.engine.trust_remote_code,
     }
-    config = load_config(teacher, **source)
+    config = load_config(options.engine.teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
@@ -131,20 +139,16 @@ def prepare(options: CacheOptions) -> PreparedCache:
     if statistics.min_n > 1 and not statistics.tail_epsilon:
         raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
     max_length = _max_length(options, config)
-    identity = teacher_identity(teacher, config)
-    tokenizer = load_tokenizer(teacher, **source)
-    choice = choose(
-        options.engine,
-        statistics,
-        max_length=max_length,
-        vocabulary_size=vocabulary,
-        there=engine_of(place(options.output)),
-    )
-    corpus = build_corpus(
+    return TeacherFiles(config, load_tokenizer(options.engine.teacher, **source), vocabulary, max_length)
+
+
+def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
+    """The tokenised corpus. Raises UserError for bad rows, RunError for a full disk."""
+    return build_corpus(
         options.dataset,
-        tokenizer,
+        teacher.tokenizer,
         CorpusOptions(
-            max_length=max_length,
+            max_length=teacher.max_length,
             overlong=options.overlong,  # type: ignore[arg-type]
             append_eos=options.append_eos,
             split=options.split,
@@ -153,23 +157,41 @@ def prepare(options: CacheOptions) -> PreparedCache:
             **options.columns,
         ),
     )
+
+
+def prepare(options: CacheOptions) -> PreparedCache:
+    """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
+    Cache.check_target(options.output)
+    files = read_teacher(options)
+    identity = teacher_identity(options.engine.teacher, files.config)
+    statistics = options.statistics()
+    choice = choose(
+        options.engine,
+        statistics,
+        max_length=files.max_length,
+        vocabulary_size=files.vocabulary_size,
+        there=engine_of(place(options.output)),
+    )
+    corpus = read_corpus(options, files)
     manifest = Manifest(
         teacher=identity,
-        tokenizer=tokenizer_identity(tokenizer),
-        vocabulary_size=vocabulary,
+        tokenizer=tokenizer_identity(files.tokenizer),
+        vocabulary_size=files.vocabulary_size,
         corpus=CorpusIdentity(
             fingerprint=corpus.fingerprint, sequences=len(corpus), tokens=int(corpus.lengths.sum(dtype=np.int64))
         ),
         scoring=ScoringOptions(
             engine=choice.engine,
-            dtype=resolve_dtype(options.dtype, config) if choice.teacher is None else choice.teacher.description.dtype,
+            dtype=resolve_dtype(options.dtype, files.config)
+            if choice.teacher is None
+            else choice.teacher.description.dtype,
             top_n=statistics.top_n,
             temperatures=tuple(sorted(options.temperatures)),
             tail_samples=statistics.tail_samples,
             entropy=choice.gives_entropy,
             logprob_bits=options.logprob_bits,
             seed=options.seed,
-            max_length=max_length,
+            max_length=files.max_length,
             tail_epsilon=statistics.tail_epsilon,
             min_n=statistics.min_n,
         ),
@@ -180,7 +202,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
     )
     cache = Cache.resume(options.output, manifest)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
-    return PreparedCache(options, manifest, corpus, tokenizer, choice, pending)
+    return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending)
 
 
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:

@@ -57,6 +57,23 @@ class Rows:
     def tokens(self) -> int:
         return len(self.lists["input_ids"].values)
 
+    def take(self, rows: np.ndarray) -> Rows:
+        """These rows (int `[K]`), in this order, as arrays of their own."""
+        picked = {
+            name: Ragged.from_lists([ragged[row] for row in rows], ragged.values.dtype)
+            for name, ragged in self.lists.items()
+        }
+        return Rows(self.sequence_id[rows], picked)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of all `parts` (one at least, of the same columns), one after the other."""
+        lists = {}
+        for name in parts[0].lists:
+            offsets = np.cumsum([0, *(length for part in parts for length in part[name].lengths)])
+            lists[name] = Ragged(np.concatenate([part[name].values for part in parts]), offsets.astype(np.int64))
+        return cls(np.concatenate([part.sequence_id for part in parts]), lists)
+
     def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:
         """An Arrow table with exactly `columns`; values are cast to the columns' types, or made codes."""
         arrays: list[pa.Array] = []
