@@ -65,16 +65,19 @@ class CacheOptions:
 
     temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 with a sketch, where
     vLLM's stock API scores, which cannot draw, and with a server, which decided when it was started. top_n: None:
-    DEFAULT_TOP_N with samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher.
-    sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
-    miss; None: DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
-    whose sketch, and its rank, is taken instead.
+    DEFAULT_TOP_N with samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the
+    teacher. tail_epsilon, min_n: as in StatisticsOptions; top_n is then the most that a position keeps. sketch_rank:
+    codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes miss; None:
+    DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache whose sketch,
+    and its rank, is taken instead.
     """
 
     engine: EngineOptions
     dataset: str
     output: str
     top_n: int | None = None
+    tail_epsilon: float = 0.0
+    min_n: int = 1
     temperatures: tuple[float, ...] = ()
     tail_samples: int | None = None
     sketch_rank: int | None = None
@@ -95,14 +98,16 @@ class CacheOptions:
 
     def statistics(self) -> StatisticsOptions:
         samples = self._samples
-        drawn = samples or self._residual_samples
-        default = DEFAULT_TOP_N if drawn and not self.temperatures else DEFAULT_TOP_N_ALONE
+        few = (samples or self._residual_samples) and not self.temperatures and not self.tail_epsilon
+        default = DEFAULT_TOP_N if few else DEFAULT_TOP_N_ALONE
         return StatisticsOptions(
             default if self.top_n is None else self.top_n,
             self.temperatures,
             tail_samples=samples,
-            residual_samples=self._residual_samples,
             seed=self.seed,
+            tail_epsilon=self.tail_epsilon,
+            min_n=self.min_n,
+            residual_samples=self._residual_samples,
             sketch_rank=self.sketch_rank or 0,
         )
 
@@ -155,36 +160,42 @@ class PreparedCache:
         return sum(shard.tokens for index, shard in enumerate(self.manifest.shards) if index not in waiting)
 
 
-def prepare(options: CacheOptions) -> PreparedCache:
-    """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
-    Cache.check_target(options.output)
-    teacher = options.engine.teacher
+@dataclass(frozen=True)
+class TeacherFiles:
+    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int
+    max_length: int
+
+
+def read_teacher(options: CacheOptions) -> TeacherFiles:
+    """Raises UserError where the teacher is not there, or cannot give what the options ask for."""
     source: dict[str, Any] = {
         "revision": options.engine.revision,
         "trust_remote_code": options.engine.trust_remote_code,
     }
-    config = load_config(teacher, **source)
+    config = load_config(options.engine.teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
-    identity = teacher_identity(teacher, config)
-    sketch, sketch_bytes = _wanted_sketch(options, config, identity)
-    options = replace(options, sketch_rank=sketch.rank if sketch else None)
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
         raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
+    if statistics.min_n > statistics.top_n:
+        raise UserError(f"--min-n {statistics.min_n}: is above --top-n {statistics.top_n}")
+    if statistics.min_n > 1 and not statistics.tail_epsilon:
+        raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
     max_length = _max_length(options, config)
-    tokenizer = load_tokenizer(teacher, **source)
-    choice = choose(
-        options.engine,
-        statistics,
-        max_length=max_length,
-        vocabulary_size=vocabulary,
-        there=engine_of(place(options.output)),
-    )
-    corpus = build_corpus(
+    return TeacherFiles(config, load_tokenizer(options.engine.teacher, **source), vocabulary, max_length)
+
+
+def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
+    """The tokenised corpus. Raises UserError for bad rows, RunError for a full disk."""
+    return build_corpus(
         options.dataset,
-        tokenizer,
+        teacher.tokenizer,
         CorpusOptions(
-            max_length=max_length,
+            max_length=teacher.max_length,
             overlong=options.overlong,  # type: ignore[arg-type]
             append_eos=options.append_eos,
             split=options.split,
@@ -193,6 +204,24 @@ def prepare(options: CacheOptions) -> PreparedCache:
             **options.columns,
         ),
     )
+
+
+def prepare(options: CacheOptions) -> PreparedCache:
+    """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
+    Cache.check_target(options.output)
+    files = read_teacher(options)
+    identity = teacher_identity(options.engine.teacher, files.config)
+    sketch, sketch_bytes = _wanted_sketch(options, files.config, identity)
+    options = replace(options, sketch_rank=sketch.rank if sketch else None)
+    statistics = options.statistics()
+    choice = choose(
+        options.engine,
+        statistics,
+        max_length=files.max_length,
+        vocabulary_size=files.vocabulary_size,
+        there=engine_of(place(options.output)),
+    )
+    corpus = read_corpus(options, files)
     if sketch is not None and sketch.sha256 is None and corpus.report.trained_positions < sketch.rank:
         raise UserError(
             f"--sketch-rank {sketch.rank}: the corpus has only {corpus.report.trained_positions} positions with a loss "
@@ -200,14 +229,16 @@ def prepare(options: CacheOptions) -> PreparedCache:
         )
     manifest = Manifest(
         teacher=identity,
-        tokenizer=tokenizer_identity(tokenizer),
-        vocabulary_size=vocabulary,
+        tokenizer=tokenizer_identity(files.tokenizer),
+        vocabulary_size=files.vocabulary_size,
         corpus=CorpusIdentity(
             fingerprint=corpus.fingerprint, sequences=len(corpus), tokens=int(corpus.lengths.sum(dtype=np.int64))
         ),
         scoring=ScoringOptions(
             engine=choice.engine,
-            dtype=resolve_dtype(options.dtype, config) if choice.teacher is None else choice.teacher.description.dtype,
+            dtype=resolve_dtype(options.dtype, files.config)
+            if choice.teacher is None
+            else choice.teacher.description.dtype,
             top_n=statistics.top_n,
             temperatures=tuple(sorted(options.temperatures)),
             tail_samples=statistics.tail_samples,
@@ -215,7 +246,9 @@ def prepare(options: CacheOptions) -> PreparedCache:
             sketch=sketch,
             logprob_bits=options.logprob_bits,
             seed=options.seed,
-            max_length=max_length,
+            max_length=files.max_length,
+            tail_epsilon=statistics.tail_epsilon,
+            min_n=statistics.min_n,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
         # A path says more about the machine than about the data; its last part is enough to recognise it.
@@ -226,7 +259,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
         manifest, sketch_bytes = _sketch_there(options.output, manifest)
     cache = Cache.resume(options.output, manifest)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
-    return PreparedCache(options, manifest, corpus, tokenizer, choice, pending, sketch_bytes)
+    return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending, sketch_bytes)
 
 
 def _wanted_sketch(
@@ -253,10 +286,14 @@ def _wanted_sketch(
     positions = DEFAULT_POSITIONS if options.sketch_positions is None else options.sketch_positions
     if positions < rank:
         raise UserError(f"--sketch-positions {positions}: too few for --sketch-rank {rank}; give many times the rank")
-    residuals = options.statistics().residual_samples
+    return SketchIdentity(rank=rank, residual_samples=_residuals(options, rank), positions=positions), None
+
+
+def _residuals(options: CacheOptions, rank: int) -> int:
+    residuals = replace(options, sketch_rank=rank).statistics().residual_samples
     if residuals == 1:
         raise UserError("--residual-samples 1: cannot stand for both signs; give 0, 2 or more")
-    return SketchIdentity(rank=rank, residual_samples=residuals, positions=positions), None
+    return residuals
 
 
 def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple[SketchIdentity, bytes]:
@@ -277,8 +314,7 @@ def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple
             f"--sketch-from {options.sketch_from}: its sketch has rank {theirs.rank} and is calibrated already; leave "
             "out --sketch-rank and --sketch-positions"
         )
-    residuals = replace(options, sketch_rank=theirs.rank).statistics().residual_samples
-    return theirs.model_copy(update={"residual_samples": residuals}), data
+    return theirs.model_copy(update={"residual_samples": _residuals(options, theirs.rank)}), data
 
 
 def _sketch_there(output: str, manifest: Manifest) -> tuple[Manifest, bytes | None]:
@@ -479,15 +515,16 @@ def _write(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
 
 def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -> Rows:
     """The rows of a shard: statistics in float32 become the columns of the format."""
+    kept = [s.top_ids >= 0 for s in sequences]
     lists = {
         "input_ids": [s.sequence.input_ids for s in sequences],
         "loss_mask": [s.sequence.loss_mask for s in sequences],
         "gold_logprob": [s.gold_logprob for s in sequences],
         "tail_logmass": [s.tail_logmass for s in sequences],
         "entropy": [s.entropy for s in sequences],  # NaN where the engine cannot tell; then there is no such column
-        "top_count": [np.where(s.sequence.loss_mask, s.top_ids.shape[1], 0) for s in sequences],
-        "top_ids": [s.top_ids.ravel() for s in sequences],
-        "top_logprobs": [s.top_logprobs.ravel() for s in sequences],
+        "top_count": [_at_stored(s.sequence.loss_mask, k.sum(1)) for s, k in zip(sequences, kept, strict=True)],
+        "top_ids": [_picked(s.top_ids, k) for s, k in zip(sequences, kept, strict=True)],
+        "top_logprobs": [_picked(s.top_logprobs, k) for s, k in zip(sequences, kept, strict=True)],
         "tail_samples": [s.tail_samples.ravel() for s in sequences],
         "sketch_codes": [s.sketch_codes.ravel() for s in sequences if s.sketch_codes is not None],
         "residual_samples": [s.residual_samples.ravel() for s in sequences if s.residual_samples is not None],
@@ -499,8 +536,20 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
     return Rows(
         np.array([s.sequence.sequence_id for s in sequences], np.int64),
         {
-            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            column.name: Ragged.from_lists(lists[column.name], column.dtype)
             for column in scoring.columns
             if column.is_list
         },
     )
+
+
+def _picked(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The entries that are kept, flat."""
+    return values.ravel() if kept.all() else values[kept]
+
+
+def _at_stored(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One value per position, 0 where the loss mask is not set."""
+    whole = np.zeros(len(mask), values.dtype)
+    whole[mask] = values
+    return whole

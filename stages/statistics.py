@@ -31,17 +31,21 @@ class StatisticsOptions:
     top_n: how many of the most probable ids, 1..V.
     temperatures: for each T, `log sum_{j not in K} p_j^(1/T)` is computed as well (T = 1 is always there).
     tail_samples: M ids drawn from the tail in proportion to p, one from each M-th of its mass; 0 for none.
+    seed: of all samples.
+    tail_epsilon: above 0, a position keeps only the shortest prefix of its top-N that leaves less than this mass in the
+        tail, and at least min_n ids. What leaves the prefix is tail in every respect.
     residual_samples: how many are drawn in proportion to |p - w|, w the tail as a sketch has it; 0 for none, else 2 or
         more, as either sign needs one.
-    seed: of both kinds of samples.
     sketch_rank: codes per position of that sketch (stages.sketch); 0 for none.
     """
 
     top_n: int
     temperatures: tuple[float, ...] = ()
     tail_samples: int = 0
-    residual_samples: int = 0
     seed: int = 0
+    tail_epsilon: float = 0.0
+    min_n: int = 1
+    residual_samples: int = 0
     sketch_rank: int = 0
 
 
@@ -52,8 +56,8 @@ class RowStatistics:
     gold_logprob: torch.Tensor  # float32 [C]
     tail_logmass: torch.Tensor  # float32 [C], -inf where the tail is empty
     entropy: torch.Tensor  # float32 [C]
-    top_ids: torch.Tensor  # int64 [C, N], by descending log-probability
-    top_logprobs: torch.Tensor  # float32 [C, N]
+    top_ids: torch.Tensor  # int64 [C, N], by descending log-probability; -1 beyond the prefix that is kept
+    top_logprobs: torch.Tensor  # float32 [C, N], -inf there
     tail_logmass_at: torch.Tensor  # float32 [C, len(temperatures)]
     tail_samples: torch.Tensor  # int64 [C, M]; -1 where the tail is empty
     # With the tail p and its reconstruction w, both summing to 1: ids, the first ceil(M/2) drawn in proportion to
@@ -131,10 +135,21 @@ def row_statistics(
     top_is_gold = top_ids == gold_column
     top_p = p.gather(1, top_ids)
     log_z = -top_p[:, :1].log()
-    outside_p = p.gather(1, gold_column).masked_fill_(top_is_gold.any(1, keepdim=True), 0.0)
+    gold_p = p.gather(1, gold_column)
     tail_p = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
     tail = tail_p.sum(1)
-    nongold = tail + top_p.masked_fill(top_is_gold, 0.0).sum(1)
+    others_p = top_p.masked_fill(top_is_gold, 0.0)
+    nongold = tail + others_p.sum(1)
+    dropped = None
+    if options.tail_epsilon:
+        dropped = beyond_prefix(others_p, tail, options.tail_epsilon, options.min_n)
+        # Back to the tail, gold excepted.
+        others_p.masked_fill_(~dropped, 0.0)
+        tail_p.scatter_add_(1, top_ids, others_p)
+        tail = tail + others_p.sum(1)
+        top_p = top_p.masked_fill(dropped, 0.0)
+    kept_gold = top_is_gold if dropped is None else top_is_gold & ~dropped
+    outside_p = gold_p.masked_fill_(kept_gold.any(1, keepdim=True), 0.0)
     # + 0.0 turns the -0.0 of a certain gold into 0.0.
     gold_logprob = -torch.nn.functional.softplus(nongold.log() - (gold_x - log_z).squeeze(1)) + 0.0
     top_logprobs = top_x - log_z
@@ -148,7 +163,7 @@ def row_statistics(
 
     rows = p.new_ones(len(p)) if prior_rows is None else prior_rows.to(p)
     tail_sum = None if prior_sum is None else rows @ tail_p
-    at = [_tail_logmass_at(x, t, top_ids, gold_column) - log_z.squeeze(1) / t for t in options.temperatures]
+    at = [_tail_logmass_at(x, t, top_ids, gold_column, dropped) - log_z.squeeze(1) / t for t in options.temperatures]
     if options.tail_samples:
         if uniforms is None:
             raise ValueError("tail samples need uniforms")
@@ -159,7 +174,10 @@ def row_statistics(
     tail_sketch = sketch_lse = None
     if sketch_logits is not None:
         tail_sketch = torch.linalg.vecdot(tail_p, sketch_logits)
-        sketch_logits.scatter_(1, top_ids, float("-inf")).scatter_(1, gold_column, float("-inf"))
+        kept_logits = torch.full_like(top_x, float("-inf"))
+        if dropped is not None:
+            kept_logits = torch.where(dropped, sketch_logits.gather(1, top_ids), kept_logits)
+        sketch_logits.scatter_(1, top_ids, kept_logits).scatter_(1, gold_column, float("-inf"))
         if options.residual_samples and residual_uniforms is None:
             raise ValueError("residual samples need uniforms")
         if options.residual_samples == 1:
@@ -180,6 +198,8 @@ def row_statistics(
         # sum p (log p - log tail) - sum p log w over the tail.
         own = tail_x - (log_z + peak).squeeze(1) * tail - torch.xlogy(tail, tail)
         sketch_kl = (own - tail_sketch + sketch_lse * tail).clamp_(min=0.0).masked_fill_(tail == 0, 0.0)
+    if dropped is not None:
+        top_ids, top_logprobs = top_ids.masked_fill(dropped, -1), top_logprobs.masked_fill(dropped, float("-inf"))
     # After everything that may run out of memory, so that a caller can try again with fewer rows.
     if prior_sum is not None and tail_sum is not None:
         prior_sum += tail_sum
@@ -195,6 +215,17 @@ def row_statistics(
         residual_mass=residual_mass,
         sketch_kl=sketch_kl,
     )
+
+
+def beyond_prefix(others_p: torch.Tensor, tail: torch.Tensor, epsilon: float, min_n: int) -> torch.Tensor:
+    """bool `[C, N]`: entries behind the shortest prefix, of `min_n` at least, that leaves less than `epsilon`.
+
+    others_p: `[C, N]`, the top-N's probabilities in descending order, 0 at gold, which is kept wherever it stands.
+    tail: `[C]`, the mass outside top-N and gold.
+    """
+    # What a prefix that ends before entry i leaves, added up from the small end.
+    left = others_p.flip(1).cumsum(1).flip(1) + tail[:, None]
+    return (left < epsilon) & (torch.arange(left.shape[1], device=left.device) >= min_n)
 
 
 def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,13 +247,19 @@ def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tenso
 
 
 def _tail_logmass_at(
-    x: torch.Tensor, temperature: float, top_ids: torch.Tensor, gold_column: torch.Tensor
+    x: torch.Tensor,
+    temperature: float,
+    top_ids: torch.Tensor,
+    gold_column: torch.Tensor,
+    dropped: torch.Tensor | None,
 ) -> torch.Tensor:
-    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`."""
+    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`. dropped: as `beyond_prefix`."""
     p = (x / temperature).softmax(1)
-    peak_p = p.gather(1, top_ids[:, :1]).squeeze(1)
+    top_p = p.gather(1, top_ids)
     tail = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0).sum(1)
-    return tail.log() - peak_p.log()
+    if dropped is not None:
+        tail = tail + top_p.masked_fill(~dropped | (top_ids == gold_column), 0.0).sum(1)
+    return tail.log() - top_p[:, 0].log()
 
 
 def _residual(

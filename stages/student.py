@@ -155,7 +155,7 @@ def prepare(options: StudentOptions) -> Prepared:
     sketch = common_sketch(caches)
     objective = options.objective.for_cache(
         has_samples=len(samples) == 1 and 0 not in samples,
-        has_prior=all(cache.tail_prior() is not None for cache in caches),
+        has_prior=all(cache.has_tail_prior for cache in caches),
         has_sketch=sketch is not None,
         has_residuals=sketch is not None and sketch.residual_samples > 0,
     )

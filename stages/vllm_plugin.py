@@ -49,9 +49,9 @@ CONFIG_KEY = "teacher_logit_cache"
 MAX_VOCABULARY = 1 << 24
 
 _MAGIC = 7105.0
-_FORMAT = 2.0
+_FORMAT = 3.0
 _SEED_DIGITS = 3  # base 2**22, so each is exact in float32
-_FIXED_HEADER = 10 + _SEED_DIGITS
+_FIXED_HEADER = 12 + _SEED_DIGITS
 
 # Bytes of fp32 logits that the head makes at a time, on an accelerator and on a CPU: more rows share one reading of
 # its weights. The statistics go over them many times, on a CPU in blocks that its caches hold.
@@ -69,6 +69,8 @@ def options_to_config(options: StatisticsOptions) -> dict[str, Any]:
         "temperatures": list(options.temperatures),
         "tail_samples": options.tail_samples,
         "seed": options.seed,
+        "tail_epsilon": options.tail_epsilon,
+        "min_n": options.min_n,
     }
     if options.sketch_rank:
         config |= {"sketch_rank": options.sketch_rank, "residual_samples": options.residual_samples}
@@ -86,6 +88,8 @@ def options_from_config(config: Any) -> StatisticsOptions:
             seed=int(ours.get("seed", 0)),
             sketch_rank=int(ours.get("sketch_rank", 0)),
             residual_samples=int(ours.get("residual_samples", 0)),
+            tail_epsilon=float(ours.get("tail_epsilon", 0.0)),
+            min_n=int(ours.get("min_n", 1)),
         )
     except (KeyError, TypeError, ValueError):
         example = f'{{"{CONFIG_KEY}": {{"top_n": 64}}}}'
@@ -113,7 +117,7 @@ class PackedStatistics:
 
     @property
     def top_ids(self) -> np.ndarray:
-        """int32 [P, N]"""
+        """int32 [P, N], -1 beyond what a position keeps"""
         return self.entries[:, : self.options.top_n].astype(np.int32)
 
     @property
@@ -152,17 +156,19 @@ class PackedStatistics:
             raise ValueError(f"packed statistics of format {packed[1]:g}, this version reads {_FORMAT:g}")
         if not np.isfinite(packed[:_FIXED_HEADER]).all():
             raise ValueError("damaged header of packed statistics")
-        counts = [int(x) for x in packed[2:10]]
-        vocabulary, rows, stored, top_n, temperatures, samples, rank, residuals = counts
-        seed = sum(int(digit) << (22 * i) for i, digit in enumerate(packed[10:_FIXED_HEADER]))
+        counts = [int(x) for x in packed[2:11]]
+        vocabulary, rows, stored, top_n, temperatures, samples, min_n, rank, residuals = counts
+        seed = sum(int(digit) << (22 * i) for i, digit in enumerate(packed[12:_FIXED_HEADER]))
         body = _FIXED_HEADER + temperatures
         options = StatisticsOptions(
             top_n,
-            # A temperature comes back as the shortest decimal that float32 cannot tell from it.
+            # These come back as the shortest decimal that float32 cannot tell from them.
             tuple(float(str(t)) for t in packed[_FIXED_HEADER:body]),
             tail_samples=samples,
-            residual_samples=residuals,
             seed=seed,
+            tail_epsilon=float(str(packed[11])),
+            min_n=min_n,
+            residual_samples=residuals,
             sketch_rank=rank,
         )
         width = _entry_width(options)
@@ -185,8 +191,9 @@ def _entry_width(options: StatisticsOptions) -> int:
 
 def _header(options: StatisticsOptions, vocabulary: int, rows: int, stored: int) -> list[float]:
     digits = [(options.seed >> (22 * i)) & ((1 << 22) - 1) for i in range(_SEED_DIGITS)]
-    kept = [options.top_n, len(options.temperatures), options.tail_samples]
-    numbers = [vocabulary, rows, stored, *kept, options.sketch_rank, options.residual_samples, *digits]
+    kept = [options.top_n, len(options.temperatures), options.tail_samples, options.min_n]
+    counts = [vocabulary, rows, stored, *kept, options.sketch_rank, options.residual_samples]
+    numbers = [*counts, options.tail_epsilon, *digits]
     return [_MAGIC, _FORMAT, *map(float, numbers), *options.temperatures]
 
 

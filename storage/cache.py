@@ -451,17 +451,22 @@ class Cache:
         return (self.path / CARD).exists()
 
     @property
+    def has_tail_prior(self) -> bool:
+        return (self.path / TAIL_PRIOR).exists()
+
+    @property
     def lacks_tail_prior(self) -> bool:
         """Whether the mean tail distribution is missing though every shard has its part of it."""
-        return not (self.path / TAIL_PRIOR).exists() and all(r.tail_prior_sha256 for r in self.receipts())
+        return not self.has_tail_prior and all(r.tail_prior_sha256 for r in self.receipts())
 
     def tail_prior(self) -> np.ndarray | None:
         """Mean over stored positions of the teacher's mass on each id outside the kept set: float32 `[V]`.
 
         It sums to the mean tail mass. None where the engine could not give it.
         """
-        path = self.path / TAIL_PRIOR
-        return self._read_float_column(path, "tail_prior", np.float32) if path.exists() else None
+        if not self.has_tail_prior:
+            return None
+        return self._read_float_column(self.path / TAIL_PRIOR, "tail_prior", np.float32)
 
     def _read_float_column(self, path: Place, name: str, dtype: type[np.floating]) -> np.ndarray:
         try:
