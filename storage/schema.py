@@ -52,9 +52,14 @@ class Column:
         return pa.list_(pa.field("element", self.element, nullable=False))
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether its bytes are codes of log-probabilities (`storage.quantization`)."""
+        return quantized(self.name, self.element)
+
+    @property
     def dtype(self) -> np.dtype:
-        """Of its values in memory. Codes are log-probabilities there."""
-        return np.dtype(np.float32 if self.element == pa.uint8() else self.element.to_pandas_dtype())
+        """Of its values in memory, where codes of log-probabilities are log-probabilities."""
+        return np.dtype(np.float32 if self.is_quantized else self.element.to_pandas_dtype())
 
     @property
     def field(self) -> pa.Field:
@@ -131,6 +136,12 @@ _STANDARD = (
     TOP_IDS,
     TOP_LOGPROBS,
 )
+
+
+def quantized(name: str, element: pa.DataType) -> bool:
+    """Whether a column of this name and type holds codes of log-probabilities."""
+    return name == TOP_LOGPROBS.name and element == pa.uint8()
+
 
 LOGPROB_TYPES = {8: pa.uint8(), 16: pa.float16(), 32: pa.float32()}
 # A uint16 count bounds the entries of a position.

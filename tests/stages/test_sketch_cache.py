@@ -18,7 +18,7 @@ from stages.caching import CacheOptions, prepare, run
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective
-from stages.shard_dataset import Collator, ShardDataset, teacher_rows
+from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.sketch_calibration import from_file
 from stages.student import StudentOptions, extra_columns, make_tail, make_trainer
 from stages.student import prepare as prepare_student
@@ -314,24 +314,22 @@ def test_a_batch_of_shards_against_float64(cache: Cache) -> None:
             logp = dict(zip(top.tolist(), stored["top_logprobs"][row].reshape(-1, 8)[position], strict=True))
             logp[int(ids[position + 1])] = stored["gold_logprob"][row][position]
             kept = np.array(list(logp))
-            # The shares of samples need not sum to 1, which leaves open by what the student's logits are shifted.
-            z -= np.log(np.exp(np.delete(z, kept)).sum())
             log_q = z - np.log(np.exp(z).sum())
             codes = stored["sketch_codes"][row].reshape(-1, RANK)[position]
             x = sketch["bias"] + sketch["basis"] @ ((codes.astype(float) - 128) * sketch["scales"])
             x[kept] = -np.inf
             shares = softmax(x[None])[0]
-            signed = stored["residual_samples"][row].reshape(-1, SAMPLES)[position].astype(np.int64)
+            drawn = stored["residual_samples"][row].reshape(-1, SAMPLES)[position].astype(np.int64)
             more, half = (SAMPLES + 1) // 2, float(stored["residual_mass"][row][position]) / 2
-            np.add.at(shares, signed[:more], half / more)
-            np.add.at(shares, signed[more:], -half / (SAMPLES - more))
+            np.add.at(shares, drawn[:more], half / more)
+            np.add.at(shares, drawn[more:], -half / (SAMPLES - more))
             in_tail = z @ shares - np.log(np.exp(z).sum())
             cross = np.exp(np.array(list(logp.values()), np.float64)) @ log_q[kept]
             cross += np.exp(float(stored["tail_logmass"][row][position])) * in_tail
             wanted.append(-float(stored["entropy"][row][position]) - cross)
     for packed in (False, True):
         batch = Collator(objective, VOCABULARY, packed=packed).batch([dataset[row] for row in chosen])
-        rows, tail = teacher_rows(batch), make_tail(objective, [cache])
+        rows, tail = teacher_rows(as_tensors(batch)), make_tail(objective, [cache])
         terms = student_terms(torch.from_numpy(logits), rows, tail)
         # The entropy and the entries are of 16 bits.
         np.testing.assert_allclose(divergences(terms, teacher_terms(rows, "sketch")).whole, wanted, atol=1e-2)

@@ -303,7 +303,7 @@ def test_codes_and_residuals_are_those_of_the_rows(
         assert back.options.sketch_rank == 4 and back.options.residual_samples == 5
         mask = torch.from_numpy(prompt.mask)
         np.testing.assert_array_equal(back.tail_samples, wanted.tail_samples[mask])
-        assert back.sketch["sketch_codes"].dtype == np.int8
+        assert back.sketch["sketch_codes"].dtype == np.uint8
         np.testing.assert_array_equal(back.sketch["sketch_codes"], codes[mask])
         np.testing.assert_array_equal(back.sketch["residual_samples"], wanted.residual_samples[mask])
         np.testing.assert_allclose(back.sketch["residual_mass"], wanted.residual_mass[mask], rtol=1e-5)
