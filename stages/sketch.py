@@ -18,7 +18,8 @@ compressed, take about half the bytes of codes in fine steps of each dimension's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,8 +92,13 @@ class Sketch:
         return len(self.scales)
 
     def to(self, device: torch.device | str) -> Sketch:
-        moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved)
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
+
+    @cached_property
+    def _table(self) -> torch.Tensor:
+        """float32 `[r + 1, V]`: a plain product is several times faster than that of a transposed basis with a bias."""
+        return torch.cat([self.basis.T, self.bias[None]]).contiguous()
 
     def encode(self, hidden: torch.Tensor) -> torch.Tensor:
         """uint8 `[C, r]`, 128 for 0, of hidden states `[C, H]`."""
@@ -105,7 +111,7 @@ class Sketch:
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """The same of codes before rounding, float32 `[C, r]`."""
-        x = torch.addmm(self.bias, z, self.basis.T)
+        x = torch.nn.functional.pad(z, (0, 1), value=1.0) @ self._table
         if self.logit_scale != 1.0:
             x.mul_(self.logit_scale)
         if self.soft_cap is not None:

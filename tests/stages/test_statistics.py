@@ -238,7 +238,9 @@ def test_residual_samples_make_the_reconstruction_unbiased(vocabulary: int, samp
     share = abs(residual) / half
     # That of independent draws, which strata do not exceed.
     error = half * np.sqrt(share * (1 - share) / np.where(residual > 0, more, samples - more) / replays)
-    scores = ((estimate.mean(0) - p) / np.maximum(error, 1e-12))[share > 0]
+    # Ids that come a few times in all are far from normal.
+    often = share * replays * samples / 2 > 30
+    scores = ((estimate.mean(0) - p) / np.maximum(error, 1e-12))[often]
     assert abs(scores).max() <= 5
     assert (scores**2).mean() <= 1 + 5 * np.sqrt(2 / len(scores))
     assert (estimate.mean(0)[p == 0] == 0).all()
