@@ -92,8 +92,9 @@ class Sketch:
         return len(self.scales)
 
     def to(self, device: torch.device | str) -> Sketch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
     @cached_property
     def _table(self) -> torch.Tensor:
