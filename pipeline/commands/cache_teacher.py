@@ -37,7 +37,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--top-n",
     default=None,
     type=click.IntRange(1, 65535),
-    show_default="4; 64 without tail samples, with --temperature or --tail-epsilon",
+    show_default="4; 64 without samples, with --temperature or --tail-epsilon",
     help="Tokens kept per position, most probable first. Samples stand for the rest; keep more, say 64, for students "
     "that cannot use samples: reverse, jsd, tvd, and temperatures other than 1.",
 )
@@ -62,8 +62,37 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--tail-samples",
     default=None,
     type=click.IntRange(0),
-    show_default="28; 0 with a server or --vllm-route prompt-logprobs",
+    show_default="28; 0 with a sketch, a server or --vllm-route prompt-logprobs",
     help="Ids drawn from the tail at each position, in proportion to their probability.",
+)
+@click.option(
+    "--sketch-rank",
+    default=None,
+    type=click.IntRange(1, 4096),
+    show_default="no sketch",
+    help="Keep a code of this many bytes per position that says what the teacher's whole tail looks like, as the best "
+    "approximation of its logits of this rank. Up to the teacher's hidden size; engines transformers and vllm.",
+)
+@click.option(
+    "--residual-samples",
+    default=None,
+    type=click.IntRange(0),
+    show_default="8 with --sketch-rank",
+    help="Signed ids drawn at each position from what the sketch misses, which make it unbiased.",
+)
+@click.option(
+    "--sketch-positions",
+    default=None,
+    type=click.IntRange(1),
+    show_default="32768",
+    help="Positions with a loss, from the start of the corpus, on which the sketch is calibrated.",
+)
+@click.option(
+    "--sketch-from",
+    metavar="DIR_OR_URL",
+    type=click.Path(),
+    show_default="none",
+    help="Take the sketch of another cache of this teacher, so that students can be trained from both with it.",
 )
 @click.option(
     "--engine",
@@ -155,7 +184,7 @@ def command(**given: Any) -> None:
       pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
       pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
     """
-    from stages.caching import prepare, run
+    from stages.caching import calibrate, prepare, run
 
     prepared = prepare(cache_options(given))
     report_corpus(prepared.report)
@@ -168,6 +197,11 @@ def command(**given: Any) -> None:
     tokens = prepared.manifest.corpus.tokens
     if prepared.pending:
         click.echo("loading the teacher", err=True)
+    if (sequences := prepared.calibration) is not None:
+        click.echo("calibrating the sketch on the first positions", err=True)
+        with Progress("calibrating", sum(len(s.input_ids) for s in sequences)) as progress:
+            calibrate(prepared, progress.advance)
+    if prepared.pending:
         with Progress("caching", tokens, done_before=prepared.done_tokens) as progress:
             cache, numbers = run(prepared, progress.advance)
     else:
