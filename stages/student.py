@@ -129,16 +129,12 @@ def prepare(options: StudentOptions) -> Prepared:
     from stages.compatibility import cache_tokenizer, check_head, check_tokenizer
     from stages.pretrained import load_config, load_tokenizer
     from stages.shard_dataset import split_held_out
-    from stages.together import check_together
 
     arguments = training_arguments(options)
-    caches = [Cache.open(path) for path in ([options.shards] if isinstance(options.shards, str) else options.shards)]
-    if len(options.mix) not in (0, len(caches)) or any(weight <= 0 for weight in options.mix):
-        raise UserError(f"--mix wants one weight above 0 for each of the {len(caches)} --shards, in their order")
-    check_together(caches)
-    for cache in caches:
-        for index in range(len(cache.receipts())):
-            cache.check_file(index)
+    paths = [options.shards] if isinstance(options.shards, str) else options.shards
+    if len(options.mix) not in (0, len(paths)) or any(weight <= 0 for weight in options.mix):
+        raise UserError(f"--mix wants one weight above 0 for each of the {len(paths)} --shards, in their order")
+    caches = open_caches(paths)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.student, **source)
     if options.init_from_config:
@@ -163,6 +159,18 @@ def prepare(options: StudentOptions) -> Prepared:
     checkpoint, finished = _previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
     return Prepared(options, parts, arguments, plan, lengths, checkpoint, finished)
+
+
+def open_caches(paths: Sequence[str]) -> list[Cache]:
+    """The caches of a run, finished, sound and of one teacher. Raises CacheError."""
+    from stages.together import check_together
+
+    caches = [Cache.open(path) for path in paths]
+    check_together(caches)
+    for cache in caches:
+        for index in range(len(cache.receipts())):
+            cache.check_file(index)
+    return caches
 
 
 def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPlan, np.ndarray | None]:
