@@ -78,9 +78,9 @@ def read(folder: Path, *, checksums: bool = True) -> str:
     from stages.objective import Objective
     from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
     from stages.student import make_tail, open_caches
-    from storage.cache import Cache
 
-    [cache] = open_caches([str(folder)]) if checksums else [Cache.open(folder)]
+    when = "start" if checksums else "off"
+    [cache] = open_caches([str(folder)], when)
     digest = hashlib.sha256()
     tokenizer = cache_tokenizer(cache)
     digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)).encode())
@@ -91,7 +91,7 @@ def read(folder: Path, *, checksums: bool = True) -> str:
     train, held_out = split_held_out(cache, 0.2)
     digest.update(str(corpus_threshold([(cache, train)], 0.5)).encode())
     for ids in (train, held_out):
-        dataset = ShardDataset(cache, ids, extra=EXTRA)
+        dataset = ShardDataset(cache, ids, extra=EXTRA, checksums=when)
         for index in range(len(dataset)):
             for name, value in sorted(vars(dataset[index]).items()):
                 digest.update(f"{name}{np.shape(value)}".encode() + np.asarray(value).tobytes())

@@ -427,13 +427,13 @@ def _quietly(*words: str) -> bool:
 
 def full(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list[Line]:
     sizes = [-(-path.stat().st_size // BLOCK) for path in site.whole.rglob("*") if path.is_file()]
-    with _small_disk(site.folder / "small") as mount:
+    with _small_disk(site.folder / "tight") as mount:
         line = Line("full disk" if mount else "files may not grow (RLIMIT_FSIZE; no file system could be mounted)")
         refused = 0
         # Without a disk of its own it is the largest file that does not fit.
         steps = sum(sizes) + 4 if mount else max(sizes)
         for blocks in range(1, steps, arguments.full):
-            folder = site.folder / "small" / "cache"
+            folder = site.folder / "tight" / "cache"
             if mount:
                 mount(f"size={blocks * BLOCK}")
                 ended = site.start(folder).wait()
@@ -489,7 +489,7 @@ def read_only(site: Site, arguments: argparse.Namespace, dice: random.Random) ->
             mount("rw")
             line.failures += _finished(site, folder)
             shutil.rmtree(folder)
-    line.notes = f"{refused} runs ended with one sentence and went on once it could be written; reading needs no writing"
+    line.notes = f"{refused} runs ended with one sentence and later went on; reading needs no writing"
     return [line]
 
 

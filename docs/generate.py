@@ -67,6 +67,10 @@ only) as canonical JSON. Everything that makes, resumes, reads or trains from a 
 ## Receipt
 
 {receipt}
+
+## Receipt of the tail prior
+
+{prior_receipt}
 """
 
 
@@ -148,7 +152,11 @@ def format_markdown() -> str:
     """The reference of the columns."""
     from storage import manifest, schema
 
-    rest = _FORMAT_REST.format(manifest=_fields(manifest.Manifest), receipt=_fields(manifest.Receipt))
+    rest = _FORMAT_REST.format(
+        manifest=_fields(manifest.Manifest),
+        receipt=_fields(manifest.Receipt),
+        prior_receipt=_fields(manifest.PriorReceipt),
+    )
     return "\n".join([_NOTE + "# Format of a cache\n", _FORMAT_INTRODUCTION, schema.format_markdown(), rest])
 
 

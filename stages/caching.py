@@ -183,6 +183,8 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
             cache_shards(cache, prepared.corpus, teacher, prepared.pending, progress)
         finally:
             teacher.close()
+    # What was pulled as a part is now the whole.
+    cache.expect(range(len(cache.manifest.shards)))
     summary = summarize(cache)
     if prepared.pending or not cache.is_sealed or cache.lacks_tail_prior:
         cache.seal(card(cache, summary))

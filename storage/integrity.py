@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from storage.cache import SHARDS, TAIL_PRIOR, Cache, sums
+from storage.cache import PRIOR_RECEIPT, SHARDS, TAIL_PRIOR, Cache, sums
 from storage.errors import CacheError
 from storage.shard import value_problems
 
@@ -15,12 +15,14 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
     """Every broken checksum and invariant, one sentence each with file and row; nothing when all is well."""
     prior_expected = True
     tail_mass, stored = 0.0, 0
+    sound = True
     for index in cache.shards_here:
         try:
             receipt = cache.check_file(index, fetch=True)
             rows = cache.read_shard(index)
         except CacheError as error:
             yield str(error)
+            sound = False
             progress(index)
             continue
         prior_expected &= receipt.tail_prior_sha256 is not None
@@ -29,10 +31,11 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
         path = cache.shard_path(index)
         for problem in value_problems(rows, cache.manifest):
             yield f"{path}: {problem}"
-        found = (len(rows), rows.tokens, int(rows["loss_mask"].values.sum()), len(rows["top_ids"].values))
-        said = (receipt.rows, receipt.tokens, receipt.stored_positions, receipt.entries)
-        if found != said:
-            yield f"{cache.receipt_path(index)}: says rows, tokens, positions, entries {said}, the shard has {found}"
+        try:
+            cache.check_counts(index, rows)
+        except CacheError as error:
+            yield str(error)
+            sound = False
         if not np.allclose(sums(rows), (receipt.sum_tail_mass, receipt.sum_unc), rtol=1e-6, atol=1e-9):
             yield f"{cache.receipt_path(index)}: says sums of tail mass and UNC that the shard does not have"
         progress(index)
@@ -50,5 +53,10 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
             return
         if prior is None:
             yield f"{cache.path / TAIL_PRIOR}: missing; repeat the `pipeline cache-teacher` that made it"
-        elif stored and not cache.is_partial and abs(float(prior.sum(dtype=np.float64)) - tail_mass / stored) > 1e-3:
+            return
+        receipt = cache.prior_receipt()
+        assert receipt is not None
+        if stored and not cache.is_partial and abs(float(prior.sum(dtype=np.float64)) - tail_mass / stored) > 1e-3:
             yield f"{cache.path / TAIL_PRIOR}: does not sum to the mean tail mass"
+        if not cache.is_partial and sound and receipt.stored_positions != stored:
+            yield f"{cache.path / PRIOR_RECEIPT}: says {receipt.stored_positions} positions, the shards have {stored}"

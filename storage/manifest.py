@@ -19,10 +19,13 @@ from storage.files import write_json
 from storage.places import Place
 
 _MAX_JSON_BYTES = 64 << 20
+# Ids are int32 and everything that is counted fits int64 with room to multiply: larger numbers are damage or malice.
+_MAX_ID = 2**31 - 1
+_MAX_COUNT = 2**48
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TeacherIdentity(_Model):
@@ -48,8 +51,8 @@ class CorpusIdentity(_Model):
     """The tokenised corpus. `fingerprint` covers ids, loss masks and their order, not paths."""
 
     fingerprint: str
-    sequences: int = Field(ge=1)
-    tokens: int = Field(ge=2)
+    sequences: int = Field(ge=1, le=_MAX_COUNT)
+    tokens: int = Field(ge=2, le=_MAX_COUNT)
 
 
 class ScoringOptions(_Model):
@@ -60,10 +63,10 @@ class ScoringOptions(_Model):
     top_n: int = Field(ge=1, le=schema.MAX_TOP_N)
     logprob_bits: int = 16
     temperatures: tuple[float, ...] = ()
-    tail_samples: int = Field(default=0, ge=0)
+    tail_samples: int = Field(default=0, ge=0, le=schema.MAX_TOP_N)
     entropy: bool = True
     seed: int = 0
-    max_length: int = Field(ge=2)
+    max_length: int = Field(ge=2, le=_MAX_ID)
 
     @model_validator(mode="after")
     def _check(self) -> ScoringOptions:
@@ -84,9 +87,9 @@ class ScoringOptions(_Model):
 class PlannedShard(_Model):
     """A fixed range of sequences: `first .. first + sequences`."""
 
-    first: int = Field(ge=0)
-    sequences: int = Field(ge=1)
-    tokens: int = Field(ge=2)
+    first: int = Field(ge=0, le=_MAX_COUNT)
+    sequences: int = Field(ge=1, le=_MAX_COUNT)
+    tokens: int = Field(ge=2, le=_MAX_COUNT)
 
 
 class Manifest(_Model):
@@ -95,7 +98,7 @@ class Manifest(_Model):
     format_version: int = Field(default=schema.FORMAT_VERSION, strict=True, ge=1, le=schema.FORMAT_VERSION)
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
-    vocabulary_size: int = Field(ge=2)
+    vocabulary_size: int = Field(ge=2, le=_MAX_ID)
     corpus: CorpusIdentity
     scoring: ScoringOptions
     shards: tuple[PlannedShard, ...] = Field(min_length=1)
@@ -135,17 +138,31 @@ class Receipt(_Model):
     """Written after its shard is whole and durable: a shard without a receipt does not exist."""
 
     cache_id: str
-    shard: int = Field(ge=0)
-    rows: int = Field(ge=1)
-    tokens: int = Field(ge=2)
-    stored_positions: int = Field(ge=0)
-    entries: int = Field(ge=0)
-    bytes: int = Field(ge=1)
+    shard: int = Field(ge=0, le=_MAX_COUNT)
+    rows: int = Field(ge=1, le=_MAX_COUNT)
+    tokens: int = Field(ge=2, le=_MAX_COUNT)
+    stored_positions: int = Field(ge=0, le=_MAX_COUNT)
+    entries: int = Field(ge=0, le=_MAX_COUNT)
+    bytes: int = Field(ge=1, le=_MAX_COUNT)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     tail_prior_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     sum_tail_mass: float = Field(ge=0)
     sum_unc: float = Field(ge=0)
     seconds: float = Field(ge=0)
+
+
+class PriorReceipt(_Model):
+    """Of the tail prior, which is the whole cache's: stored_positions is what its mean was taken over."""
+
+    cache_id: str
+    stored_positions: int = Field(ge=0, le=_MAX_COUNT)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Part(_Model):
+    """Which shards are here, where not all are (`partial.json`)."""
+
+    shards: tuple[int, ...] = Field(min_length=1)
 
 
 def _differences(prefix: str, ours: Any, theirs: Any) -> list[str]:
@@ -205,6 +222,14 @@ def read_manifest(path: Place) -> Manifest:
 
 def read_receipt(path: Place) -> Receipt:
     return _read_model(path, Receipt, "receipt")
+
+
+def read_prior_receipt(path: Place) -> PriorReceipt:
+    return _read_model(path, PriorReceipt, "receipt of the tail prior")
+
+
+def read_part(path: Place) -> Part:
+    return _read_model(path, Part, "list of shards")
 
 
 def write_model(path: Place, model: BaseModel, *, exclusive: bool = False) -> None:

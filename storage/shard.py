@@ -6,7 +6,7 @@ is not: DuckDB cannot read it so); everything is zstd-compressed and every page 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from typing import IO
@@ -23,6 +23,10 @@ from storage.places import Place
 from storage.rows import Ragged, Rows
 
 ZSTD_LEVEL = 3
+# Offsets into a column of a shard are int32.
+MOST_VALUES = 2**31 - 1
+# Bytes of a column that are not its values: dictionaries, headers.
+_OVERHEAD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ def read_shard(
     index: int,
     columns: Sequence[str] | None = None,
     file: IO[bytes] | RawIOBase | None = None,
+    *,
+    page_checksums: bool = True,
 ) -> Rows:
     """Rows of a shard; `columns` None for all. Raises CacheError on anything but the shard that belongs here.
 
-    file: where the bytes are read from, if not from `path` itself.
+    file: where the bytes are read from, if not from `path` itself. page_checksums: compare those of the pages read.
     """
     wanted = {column.name: column for column in manifest.scoring.columns}
     names = list(wanted) if columns is None else list(dict.fromkeys(["sequence_id", *columns]))
@@ -86,7 +92,9 @@ def read_shard(
         if name not in wanted:
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
-        with pq.ParquetFile(file or path, page_checksum_verification=True, pre_buffer=file is not None) as parquet:
+        with pq.ParquetFile(
+            file or path, page_checksum_verification=page_checksums, pre_buffer=file is not None
+        ) as parquet:
             stored = parquet.schema_arrow
             metadata = stored.metadata or {}
             for key, value in shard_metadata(manifest, index).items():
@@ -97,14 +105,18 @@ def read_shard(
             for name in names:
                 if name not in stored.names or stored.field(name).type != wanted[name].type:
                     raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
+            if parquet.metadata.num_rows != manifest.shards[index].sequences:
+                raise CacheError(
+                    f"{path}: {parquet.metadata.num_rows} rows, the plan says {manifest.shards[index].sequences}"
+                )
+            for problem in size_problems(parquet.metadata, most_values(manifest, index)):
+                raise CacheError(f"{path}: {problem}")
             table = parquet.read(columns=names, use_threads=False)
     except FileNotFoundError:
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{path}: unreadable as Parquet ({reason[:120]})") from None
-    if len(table) != manifest.shards[index].sequences:
-        raise CacheError(f"{path}: {len(table)} rows, the plan says {manifest.shards[index].sequences}")
     try:
         rows = Rows.from_table(table)
     except CacheError as error:
@@ -112,6 +124,38 @@ def read_shard(
     for problem in structure_problems(rows, manifest, index):
         raise CacheError(f"{path}: {problem}")
     return rows
+
+
+def most_values(manifest: Manifest, index: int) -> dict[str, int]:
+    """How many values each column of a shard may hold at most, an empty list counted as one, by the plan alone."""
+    planned, scoring = manifest.shards[index], manifest.scoring
+    each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n, "P*M": scoring.tail_samples}
+    return {
+        column.name: min(MOST_VALUES, planned.sequences + planned.tokens * each[column.per])
+        for column in scoring.columns
+    }
+
+
+def size_problems(metadata: pq.FileMetaData, most: Mapping[str, int]) -> Iterator[str]:
+    """Columns that claim more values, or more bytes for them, than belong there. Yields one sentence each.
+
+    Before anything is decompressed: a few kilobytes of zstd may stand for gigabytes.
+    """
+    values: dict[str, int] = {}
+    size: dict[str, int] = {}
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for column in range(row_group.num_columns):
+            chunk = row_group.column(column)
+            name = chunk.path_in_schema.partition(".")[0]
+            values[name] = values.get(name, 0) + chunk.num_values
+            size[name] = size.get(name, 0) + chunk.total_uncompressed_size
+    for name, most_here in most.items():
+        if values.get(name, 0) > most_here:
+            yield f"column {name} claims {values[name]} values, the plan allows {most_here}"
+        # Eight bytes are the widest value; levels and headers of pages come to far less than as much again.
+        elif size.get(name, 0) > 16 * most_here + _OVERHEAD:
+            yield f"column {name} claims {size[name]} bytes for {values[name]} values"
 
 
 def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[str]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.damage import contents
 from storage.cache import Cache
 from storage.errors import CacheError
 from tests.conftest import Finished, Tiny
 from tests.pipeline import apart
-from tests.pipeline.apart import contents
 from tests.storage.synthetic import make_manifest, write_cache
 
 PATIENCE = 120
