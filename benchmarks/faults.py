@@ -145,7 +145,8 @@ class Site:
         site.made(site.whole)  # the first one is slower
         shutil.rmtree(site.whole)
         site.seconds = site.made(site.whole)
-        site.sealing = site.start(_without_seal(site, folder / "sealing"), moment="sealing").wait().seconds
+        sealed = [_without_seal(site, folder / f"sealing-{turn}") for turn in range(3)]
+        site.sealing = min(site.start(path, moment="sealing").wait().seconds for path in sealed)
         site.made(site.small, "--limit", 2)
         other = folder / "other.jsonl"
         other.write_text((folder / "corpus.jsonl").read_text().replace(rows[0]["text"][5], "#"))

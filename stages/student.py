@@ -258,16 +258,13 @@ def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
         return Tail(objective.tail)
     total, positions = np.zeros(caches[0].manifest.vocabulary_size), 0
     for cache in caches:
-        prior = cache.tail_prior()
-        if prior is None:
+        weighed = cache.weighed_tail_prior()
+        if weighed is None:
             raise CacheError(
                 f"{cache.path}: --tail prior needs the mean tail distribution, which the engine "
                 f"{cache.manifest.scoring.engine} did not give; choose --tail bucket"
             )
-        # Of the whole cache, also where only a part of it is here: that is what the mean was taken over.
-        receipt = cache.prior_receipt()
-        assert receipt is not None
-        stored = receipt.stored_positions
+        prior, stored = weighed
         total, positions = total + stored * prior, positions + stored
     mean = (total / max(1, positions)).astype(np.float32)
     return Tail("prior", objective.tail_gamma, log_prior(torch.from_numpy(mean)))

@@ -14,6 +14,7 @@ Shards are a fixed function of the manifest, so doing one twice, or in two proce
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -54,6 +55,8 @@ TAIL_SUMS = "tail_sums"
 PARTIAL = "partial.json"
 # The tokenizer file that is uploaded last; a remote tokenizer without it is not whole.
 _TOKENIZER_LAST = "tokenizer_config.json"
+# Metadata of a summed or mean tail.
+_POSITIONS = b"stored_positions"
 MADE_AGAIN = "repeat the `pipeline cache-teacher`, push or pull that made the cache"
 # Small remote files read at a time.
 _READERS = 16
@@ -102,7 +105,8 @@ class Cache:
                 return
         if not (path / MANIFEST).exists():
             strange = [entry.name for entry in path.iterdir() if entry.name[:1] != "."]
-            if strange:
+            # Another process may have claimed it since the look above.
+            if strange and not (path / MANIFEST).exists():
                 raise CacheError(
                     f"{path}: holds other files ({', '.join(sorted(strange)[:3])}) and no cache; name a new directory"
                 )
@@ -240,7 +244,7 @@ class Cache:
         wanted = sorted(shards)
         if len(wanted) < len(self.manifest.shards):
             write_model(self.path / PARTIAL, Part(shards=tuple(wanted)))
-        elif isinstance(self.path, Path):
+        elif isinstance(self.path, Path) and (self.path / PARTIAL).exists():
             (self.path / PARTIAL).unlink(missing_ok=True)
 
     def receipt(self, index: int) -> Receipt:
@@ -349,8 +353,8 @@ class Cache:
         tail_mass, unc = sums(rows)
         tail_written = None
         if tail_sum is not None:
-            metadata = {b"stored_positions": str(stored).encode()}
-            table = pa.table({"tail_sum": np.ascontiguousarray(tail_sum, np.float64)}).replace_schema_metadata(metadata)
+            table = pa.table({"tail_sum": np.ascontiguousarray(tail_sum, np.float64)})
+            table = table.replace_schema_metadata(_positions(stored))
             tail_written = shard_file.write_table(self.tail_sum_path(index), table, ["tail_sum"])
         receipt = Receipt(
             cache_id=self._cache_id,
@@ -402,11 +406,12 @@ class Cache:
             stored = 0
             for index, of_shard in enumerate(receipts):
                 path = self.tail_sum_path(index)
-                total += self._float_column(path, path.read_bytes(), "tail_sum", np.float64)
+                total += self._float_column(path, path.read_bytes(), "tail_sum", np.float64)[0]
                 stored += of_shard.stored_positions
             mean = pa.table({"tail_prior": (total / max(1, stored)).astype(np.float32)})
+            mean = mean.replace_schema_metadata(_positions(stored))
             written = shard_file.write_table(self.path / TAIL_PRIOR, mean, ["tail_prior"])
-            receipt = PriorReceipt(cache_id=self._cache_id, stored_positions=stored, sha256=written.sha256)
+            receipt = PriorReceipt(cache_id=self._cache_id, sha256=written.sha256)
             write_model(self.path / PRIOR_RECEIPT, receipt)
         write_bytes(self.path / CARD, card.encode())
 
@@ -428,12 +433,16 @@ class Cache:
         It sums to the mean tail mass. None where the engine could not give it. Raises CacheError where it is not the
         one that its receipt names.
         """
+        weighed = self.weighed_tail_prior()
+        return None if weighed is None else weighed[0]
+
+    def weighed_tail_prior(self) -> tuple[np.ndarray, int] | None:
+        """`tail_prior`, and how many positions its mean is over: the whole cache's, of which a part may be here."""
         path = self.path / TAIL_PRIOR
         receipt = self.prior_receipt()
         if receipt is None:
             return None
         try:
-            # A partial cache, too, has that of the whole.
             data = path.read_bytes()
         except FileNotFoundError:
             raise CacheError(f"{path}: missing; {MADE_AGAIN}") from None
@@ -455,26 +464,24 @@ class Cache:
             raise CacheError(f"{path}: belongs to cache {receipt.cache_id}, not to {self._cache_id}")
         return receipt
 
-    def _float_column(self, path: Place, data: bytes, name: str, dtype: type[np.floating]) -> np.ndarray:
+    def _float_column(self, path: Place, data: bytes, name: str, dtype: type[np.floating]) -> tuple[np.ndarray, int]:
+        """One float per vocabulary id, and the number of positions it is about. Raises CacheError."""
         vocabulary = self.manifest.vocabulary_size
         wrong = CacheError(f"{path}: not {vocabulary} non-negative {np.dtype(dtype).name}")
         try:
-            with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as parquet:
+            source = io.BytesIO(data)
+            with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
                 if parquet.metadata.num_rows != vocabulary:
                     raise wrong
-                for problem in shard_file.size_problems(parquet.metadata, {name: vocabulary}):
-                    raise CacheError(f"{path}: {problem}")
-                values = parquet.read(columns=[name], use_threads=False)[name].to_numpy()
-        except (pa.ArrowException, OSError, KeyError) as error:
+                said = (parquet.schema_arrow.metadata or {}).get(_POSITIONS, b"")
+                values = shard_file.read_checked(parquet, source, {name: vocabulary}, [name])[name].to_numpy()
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CacheError(f"{path}: unreadable ({str(error).splitlines()[0][:120]})") from None
-        if (
-            values.dtype != dtype
-            or len(values) != vocabulary
-            or not (values >= 0).all()
-            or not np.isfinite(values).all()
-        ):
+        if values.dtype != dtype or len(values) != vocabulary or not ((values >= 0) & (values < np.inf)).all():
             raise wrong
-        return values
+        if not (said.isdigit() and len(said) < 16):
+            raise CacheError(f"{path}: does not say how many positions it is about")
+        return values, int(said)
 
     def column(self, *names: str) -> Iterator[Rows]:
         """Only these columns, shard by shard; of remote shards no more than these is fetched."""
@@ -489,6 +496,10 @@ class Cache:
             except FileNotFoundError:
                 raise CacheError(f"{path}: shard {index} is missing") from None
             yield rows
+
+
+def _positions(stored: int) -> dict[bytes, bytes]:
+    return {_POSITIONS: str(stored).encode()}
 
 
 def _remote_files(folder: RemotePath, depth: int = 4) -> Iterator[tuple[str, RemotePath]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from storage.cache import PRIOR_RECEIPT, SHARDS, TAIL_PRIOR, Cache, sums
+from storage.cache import SHARDS, TAIL_PRIOR, Cache, sums
 from storage.errors import CacheError
 from storage.shard import value_problems
 
@@ -47,16 +47,15 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
         yield f"{cache.path}: not sealed; repeat the `pipeline cache-teacher` that began it"
     elif prior_expected:
         try:
-            prior = cache.tail_prior()
+            weighed = cache.weighed_tail_prior()
         except CacheError as error:
             yield str(error)
             return
-        if prior is None:
+        if weighed is None:
             yield f"{cache.path / TAIL_PRIOR}: missing; repeat the `pipeline cache-teacher` that made it"
             return
-        receipt = cache.prior_receipt()
-        assert receipt is not None
+        prior, positions = weighed
         if stored and not cache.is_partial and abs(float(prior.sum(dtype=np.float64)) - tail_mass / stored) > 1e-3:
             yield f"{cache.path / TAIL_PRIOR}: does not sum to the mean tail mass"
-        if not cache.is_partial and sound and receipt.stored_positions != stored:
-            yield f"{cache.path / PRIOR_RECEIPT}: says {receipt.stored_positions} positions, the shards have {stored}"
+        if sound and not cache.is_partial and positions != stored:
+            yield f"{cache.path / TAIL_PRIOR}: says it is about {positions} positions, the shards have {stored}"

@@ -152,10 +152,9 @@ class Receipt(_Model):
 
 
 class PriorReceipt(_Model):
-    """Of the tail prior, which is the whole cache's: stored_positions is what its mean was taken over."""
+    """Of the tail prior, which is the whole cache's."""
 
     cache_id: str
-    stored_positions: int = Field(ge=0, le=_MAX_COUNT)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 

@@ -6,7 +6,9 @@ is not: DuckDB cannot read it so); everything is zstd-compressed and every page 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from typing import IO
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import schema
+from storage import pages, schema
 from storage.errors import CacheError
 from storage.files import atomic_file
 from storage.manifest import Manifest
@@ -92,9 +94,11 @@ def read_shard(
         if name not in wanted:
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
-        with pq.ParquetFile(
-            file or path, page_checksum_verification=page_checksums, pre_buffer=file is not None
-        ) as parquet:
+        with ExitStack() as stack:
+            source = stack.enter_context(open(path, "rb")) if file is None else file  # type: ignore[arg-type]
+            parquet = stack.enter_context(
+                pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=file is not None)
+            )
             stored = parquet.schema_arrow
             metadata = stored.metadata or {}
             for key, value in shard_metadata(manifest, index).items():
@@ -109,9 +113,7 @@ def read_shard(
                 raise CacheError(
                     f"{path}: {parquet.metadata.num_rows} rows, the plan says {manifest.shards[index].sequences}"
                 )
-            for problem in size_problems(parquet.metadata, most_values(manifest, index)):
-                raise CacheError(f"{path}: {problem}")
-            table = parquet.read(columns=names, use_threads=False)
+            table = read_checked(parquet, source, most_values(manifest, index), names)
     except FileNotFoundError:
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -136,26 +138,44 @@ def most_values(manifest: Manifest, index: int) -> dict[str, int]:
     }
 
 
-def size_problems(metadata: pq.FileMetaData, most: Mapping[str, int]) -> Iterator[str]:
-    """Columns that claim more values, or more bytes for them, than belong there. Yields one sentence each.
+def read_checked(
+    parquet: pq.ParquetFile, source: IO[bytes] | RawIOBase, most: Mapping[str, int], names: list[str]
+) -> pa.Table:
+    """The columns `names`, none of which may claim more than `most` values.
 
-    Before anything is decompressed: a few kilobytes of zstd may stand for gigabytes.
+    parquet: opened from `source`. Raises ValueError, before anything is decompressed, for columns whose pages are not
+    what the footer says: a few kilobytes of zstd may stand for gigabytes, and Arrow may crash.
     """
-    values: dict[str, int] = {}
-    size: dict[str, int] = {}
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for column in range(row_group.num_columns):
-            chunk = row_group.column(column)
-            name = chunk.path_in_schema.partition(".")[0]
-            values[name] = values.get(name, 0) + chunk.num_values
-            size[name] = size.get(name, 0) + chunk.total_uncompressed_size
-    for name, most_here in most.items():
-        if values.get(name, 0) > most_here:
-            yield f"column {name} claims {values[name]} values, the plan allows {most_here}"
+    values = dict.fromkeys(names, 0)
+    places = list(pages.extents(parquet.metadata, names))
+    for name, extent in places:
+        values[name] += extent.values
+        if values[name] > most[name]:
+            raise ValueError(f"column {name} claims {values[name]} values, the plan allows {most[name]}")
         # Eight bytes are the widest value; levels and headers of pages come to far less than as much again.
-        elif size.get(name, 0) > 16 * most_here + _OVERHEAD:
-            yield f"column {name} claims {size[name]} bytes for {values[name]} values"
+        if extent.unpacked > 16 * most[name] + _OVERHEAD:
+            raise ValueError(f"column {name} claims {extent.unpacked} bytes for {extent.values} values")
+    with _bytes_of(source) as bytes_of:
+        for _, extent in places:
+            pages.check_pages(bytes_of(extent.start, extent.length), extent)
+    return parquet.read(columns=names, use_threads=False)
+
+
+@contextmanager
+def _bytes_of(source: IO[bytes] | RawIOBase) -> Iterator[Callable[[int, int], memoryview]]:
+    """Start and length -> those bytes of an open file, mapped where that can be."""
+    try:
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+
+        def read(start: int, length: int) -> memoryview:
+            source.seek(start)
+            return memoryview(source.read(length) or b"")
+
+        yield read
+        return
+    # Closed with its last view: an error on its way may hold one.
+    yield lambda start, length: memoryview(mapped)[start : start + length]
 
 
 def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[str]:

@@ -49,9 +49,10 @@ def edit_receipt(cache: Cache, index: int, **changes: object) -> None:
     edit(cache.receipt_path(index), **changes)
 
 
-def replace_prior(cache: Cache, values: np.ndarray) -> None:
+def replace_prior(cache: Cache, values: np.ndarray, positions: int) -> None:
     """Another tail prior, and a receipt whose checksum is right."""
-    written = write_table(cache.path / "tail_prior.parquet", pa.table({"tail_prior": values}), ["tail_prior"])
+    table = pa.table({"tail_prior": values}).replace_schema_metadata({"stored_positions": str(positions)})
+    written = write_table(cache.path / "tail_prior.parquet", table, ["tail_prior"])
     edit(cache.path / "tail_prior.json", sha256=written.sha256)
 
 
@@ -120,7 +121,7 @@ def fold(path: Path) -> None:
             lambda c: (c.path / "tail_prior.json").unlink(),
             ["tail_prior.json: the receipt of the tail prior is"],
         ),
-        (lambda c: edit(c.path / "tail_prior.json", stored_positions=9), ["tail_prior.json: says 9 positions"]),
+        (lambda c: edit(c.path / "tail_prior.json", sha256="0" * 64), ["tail_prior.parquet: its bytes have"]),
         (lambda c: edit(c.path / "tail_prior.json", cache_id="f" * 16), ["tail_prior.json: belongs to cache ffff"]),
         (lambda c: flip(c.path / "tail_prior.parquet"), ["tail_prior.parquet: "]),
     ],
@@ -165,14 +166,23 @@ def test_wrong_values_behind_right_checksums(cache: Cache) -> None:
 
 
 def test_a_tail_prior_of_another_cache(cache: Cache) -> None:
-    replace_prior(cache, np.full(40, 1 / 40, np.float32))
+    stored = sum(receipt.stored_positions for receipt in cache.receipts())
+    replace_prior(cache, np.full(40, 1 / 40, np.float32), stored)
     assert ["does not sum to the mean tail mass" in problem for problem in problems(cache)] == [True]
     for wrong in (np.full(39, 0.01, np.float32), np.full(40, 0.01), np.full(40, np.nan, np.float32)):
-        replace_prior(cache, wrong)
+        replace_prior(cache, wrong, stored)
         [problem] = problems(cache)
         assert "tail_prior.parquet: not 40 non-negative float32" in problem
         with pytest.raises(CacheError, match="tail_prior"):
             cache.tail_prior()
+
+
+def test_a_tail_prior_about_other_positions(cache: Cache) -> None:
+    prior = cache.tail_prior()
+    assert prior is not None
+    replace_prior(cache, prior, 9)
+    [problem] = problems(cache)
+    assert "tail_prior.parquet: says it is about 9 positions, the shards have " in problem
 
 
 def test_a_manifest_that_was_edited_belongs_to_no_shard(cache: Cache) -> None:
