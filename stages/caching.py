@@ -52,13 +52,16 @@ class CacheOptions:
 
     temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 where vLLM's stock API
     scores, which cannot draw, and with a server, which decided when it was started. top_n: None: DEFAULT_TOP_N with
-    samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher.
+    samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the teacher. tail_epsilon,
+    min_n: as in StatisticsOptions; top_n is then the most that a position keeps.
     """
 
     engine: EngineOptions
     dataset: str
     output: str
     top_n: int | None = None
+    tail_epsilon: float = 0.0
+    min_n: int = 1
     temperatures: tuple[float, ...] = ()
     tail_samples: int | None = None
     dtype: str = "auto"
@@ -75,9 +78,10 @@ class CacheOptions:
 
     def statistics(self) -> StatisticsOptions:
         samples = self._samples
-        default = DEFAULT_TOP_N if samples and not self.temperatures else DEFAULT_TOP_N_ALONE
+        few = samples and not self.temperatures and not self.tail_epsilon
+        default = DEFAULT_TOP_N if few else DEFAULT_TOP_N_ALONE
         top_n = default if self.top_n is None else self.top_n
-        return StatisticsOptions(top_n, self.temperatures, samples, self.seed)
+        return StatisticsOptions(top_n, self.temperatures, samples, self.seed, self.tail_epsilon, self.min_n)
 
     @property
     def _samples(self) -> int:
@@ -109,34 +113,42 @@ class PreparedCache:
         return sum(shard.tokens for index, shard in enumerate(self.manifest.shards) if index not in waiting)
 
 
-def prepare(options: CacheOptions) -> PreparedCache:
-    """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
-    Cache.check_target(options.output)
-    teacher = options.engine.teacher
+@dataclass(frozen=True)
+class TeacherFiles:
+    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary_size: int
+    max_length: int
+
+
+def read_teacher(options: CacheOptions) -> TeacherFiles:
+    """Raises UserError where the teacher is not there, or cannot give what the options ask for."""
     source: dict[str, Any] = {
         "revision": options.engine.revision,
         "trust_remote_code": options.engine.trust_remote_code,
     }
-    config = load_config(teacher, **source)
+    config = load_config(options.engine.teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
         raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
+    if statistics.min_n > statistics.top_n:
+        raise UserError(f"--min-n {statistics.min_n}: is above --top-n {statistics.top_n}")
+    if statistics.min_n > 1 and not statistics.tail_epsilon:
+        raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
     max_length = _max_length(options, config)
-    identity = teacher_identity(teacher, config)
-    tokenizer = load_tokenizer(teacher, **source)
-    choice = choose(
-        options.engine,
-        statistics,
-        max_length=max_length,
-        vocabulary_size=vocabulary,
-        there=engine_of(place(options.output)),
-    )
-    corpus = build_corpus(
+    return TeacherFiles(config, load_tokenizer(options.engine.teacher, **source), vocabulary, max_length)
+
+
+def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
+    """The tokenised corpus. Raises UserError for bad rows, RunError for a full disk."""
+    return build_corpus(
         options.dataset,
-        tokenizer,
+        teacher.tokenizer,
         CorpusOptions(
-            max_length=max_length,
+            max_length=teacher.max_length,
             overlong=options.overlong,  # type: ignore[arg-type]
             append_eos=options.append_eos,
             split=options.split,
@@ -145,23 +157,43 @@ def prepare(options: CacheOptions) -> PreparedCache:
             **options.columns,
         ),
     )
+
+
+def prepare(options: CacheOptions) -> PreparedCache:
+    """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
+    Cache.check_target(options.output)
+    files = read_teacher(options)
+    identity = teacher_identity(options.engine.teacher, files.config)
+    statistics = options.statistics()
+    choice = choose(
+        options.engine,
+        statistics,
+        max_length=files.max_length,
+        vocabulary_size=files.vocabulary_size,
+        there=engine_of(place(options.output)),
+    )
+    corpus = read_corpus(options, files)
     manifest = Manifest(
         teacher=identity,
-        tokenizer=tokenizer_identity(tokenizer),
-        vocabulary_size=vocabulary,
+        tokenizer=tokenizer_identity(files.tokenizer),
+        vocabulary_size=files.vocabulary_size,
         corpus=CorpusIdentity(
             fingerprint=corpus.fingerprint, sequences=len(corpus), tokens=int(corpus.lengths.sum(dtype=np.int64))
         ),
         scoring=ScoringOptions(
             engine=choice.engine,
-            dtype=resolve_dtype(options.dtype, config) if choice.teacher is None else choice.teacher.description.dtype,
+            dtype=resolve_dtype(options.dtype, files.config)
+            if choice.teacher is None
+            else choice.teacher.description.dtype,
             top_n=statistics.top_n,
             temperatures=tuple(sorted(options.temperatures)),
             tail_samples=statistics.tail_samples,
             entropy=choice.gives_entropy,
             logprob_bits=options.logprob_bits,
             seed=options.seed,
-            max_length=max_length,
+            max_length=files.max_length,
+            tail_epsilon=statistics.tail_epsilon,
+            min_n=statistics.min_n,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
         # A path says more about the machine than about the data; its last part is enough to recognise it.
@@ -170,7 +202,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
     )
     cache = Cache.resume(options.output, manifest)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
-    return PreparedCache(options, manifest, corpus, tokenizer, choice, pending)
+    return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending)
 
 
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
@@ -292,15 +324,16 @@ def _write(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
 
 def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -> Rows:
     """The rows of a shard: statistics in float32 become the columns of the format."""
+    kept = [s.top_ids >= 0 for s in sequences]
     lists = {
         "input_ids": [s.sequence.input_ids for s in sequences],
         "loss_mask": [s.sequence.loss_mask for s in sequences],
         "gold_logprob": [s.gold_logprob for s in sequences],
         "tail_logmass": [s.tail_logmass for s in sequences],
         "entropy": [s.entropy for s in sequences],  # NaN where the engine cannot tell; then there is no such column
-        "top_count": [np.where(s.sequence.loss_mask, s.top_ids.shape[1], 0) for s in sequences],
-        "top_ids": [s.top_ids.ravel() for s in sequences],
-        "top_logprobs": [s.top_logprobs.ravel() for s in sequences],
+        "top_count": [_at_stored(s.sequence.loss_mask, k.sum(1)) for s, k in zip(sequences, kept, strict=True)],
+        "top_ids": [_picked(s.top_ids, k) for s, k in zip(sequences, kept, strict=True)],
+        "top_logprobs": [_picked(s.top_logprobs, k) for s, k in zip(sequences, kept, strict=True)],
         "tail_samples": [s.tail_samples.ravel() for s in sequences],
     }
     for column, temperature in enumerate(scoring.temperatures):
@@ -309,8 +342,20 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
     return Rows(
         np.array([s.sequence.sequence_id for s in sequences], np.int64),
         {
-            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            column.name: Ragged.from_lists(lists[column.name], column.dtype)
             for column in scoring.columns
             if column.is_list
         },
     )
+
+
+def _picked(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The entries that are kept, flat."""
+    return values.ravel() if kept.all() else values[kept]
+
+
+def _at_stored(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One value per position, 0 where the loss mask is not set."""
+    whole = np.zeros(len(mask), values.dtype)
+    whole[mask] = values
+    return whole

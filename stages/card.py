@@ -15,6 +15,10 @@ def card(cache: Cache, summary: Summary) -> str:
     columns = "\n".join(f"| `{c.name}` | {c.per} | {c.unit} | {c.meaning} |" for c in scoring.columns)
     quantiles = ", ".join(f"{q:.0%}: {value:.3g}" for q, value in zip(QUANTILES, summary.unc_quantiles, strict=True))
     source = _inline(str(manifest.source.get("dataset", "unknown")))
+    top_n = f"{scoring.top_n}"
+    if scoring.tail_epsilon:
+        top_n = f"{scoring.min_n} to {top_n}, until less than {scoring.tail_epsilon:g} of the mass is left; "
+        top_n += f"{summary.mean_top_n:.1f} on average"
     revision = f" at revision `{manifest.teacher.revision}`" if manifest.teacher.revision else ""
     return f"""---
 # JSON strings are YAML strings, whatever stands in them.
@@ -31,7 +35,7 @@ configs:
 # Teacher log-probabilities of {_inline(manifest.teacher.name)}
 
 What the teacher `{_inline(manifest.teacher.name)}`{revision} believed about every token of `{source}`: the
-{scoring.top_n} most probable tokens at each position with their log-probabilities, the log-probability of the token
+most probable tokens at each position with their log-probabilities, the log-probability of the token
 that really came next, and the mass of all others. Students are trained from it without the teacher:
 
 ```
@@ -50,7 +54,7 @@ pipeline train-student --student STUDENT --shards THIS_DIRECTORY --output OUTPUT
 | positions with a loss | {summary.stored_positions} |
 | shards | {summary.shards} |
 | bytes per token | {summary.bytes_per_token:.1f} |
-| top-N | {scoring.top_n} |
+| top-N | {top_n} |
 | extra temperatures | {", ".join(f"{t:g}" for t in scoring.temperatures) or "none"} |
 | mean tail mass | {summary.mean_tail_mass:.4g} |
 | mean UNC = 1 - p(gold) | {summary.mean_unc:.4g} |

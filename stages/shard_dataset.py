@@ -194,7 +194,10 @@ def split_held_out(cache: Cache, share: float, seed: int = 0) -> tuple[np.ndarra
 
 @dataclass(frozen=True)
 class Collator:
-    """Sequences -> one batch of tensors.
+    """Sequences -> one batch.
+
+    Of arrays, because they leave a worker by value: tensors would pass through shared memory, of which containers have
+    little, and through a thread that complains when it is interrupted. `as_tensors` is the rest of the way.
 
     objective: decides rank scope and hard ratio. vocabulary_size: the student's; entries beyond it join the tail,
     since no student id stands for them. corpus_threshold: log p(gold) at or below which a token is hard, for the
@@ -212,11 +215,11 @@ class Collator:
     corpus_threshold: float | None = None
     packed: bool = False
 
-    def __call__(self, sequences: Sequence[StoredSequence] | UserError) -> dict[str, torch.Tensor] | UserError:
+    def __call__(self, sequences: Sequence[StoredSequence] | UserError) -> dict[str, np.ndarray] | UserError:
         # What a worker could not read, on its way to the process that reports it.
         return sequences if isinstance(sequences, UserError) else self.batch(sequences)
 
-    def batch(self, sequences: Sequence[StoredSequence]) -> dict[str, torch.Tensor]:
+    def batch(self, sequences: Sequence[StoredSequence]) -> dict[str, np.ndarray]:
         counts = np.array([len(s.positions) for s in sequences])
         batch, starts = self._inputs(sequences)
         gold_logprob = np.concatenate([s.gold_logprob for s in sequences])
@@ -253,7 +256,7 @@ class Collator:
             batch["tail_samples"][batch["tail_samples"] >= self.vocabulary_size] = -1
         if all(s.entropy is not None for s in sequences):
             batch["entropy"] = np.concatenate([s.entropy for s in sequences if s.entropy is not None])
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in batch.items()}
+        return batch
 
     def _inputs(self, sequences: Sequence[StoredSequence]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """What the body reads, and where each sequence starts in it, flattened."""
@@ -276,6 +279,11 @@ class Collator:
         if scope == "sequence":
             return ranking.is_hard_by_sequence(gold_logprob, counts, ratio)
         return ranking.is_hard(gold_logprob, ratio)
+
+
+def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """A batch of the Collator as the model takes it, on the CPU, without a copy."""
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def _padded_entries(sequences: Sequence[StoredSequence]) -> tuple[np.ndarray, np.ndarray]:

@@ -32,12 +32,16 @@ class StatisticsOptions:
     temperatures: for each T, `log sum_{j not in K} p_j^(1/T)` is computed as well (T = 1 is always there).
     tail_samples: M ids drawn from the tail in proportion to p, one from each M-th of its mass; 0 for none.
     seed: of the tail samples.
+    tail_epsilon: above 0, a position keeps only the shortest prefix of its top-N that leaves less than this mass in the
+        tail, and at least min_n ids. What leaves the prefix is tail in every respect.
     """
 
     top_n: int
     temperatures: tuple[float, ...] = ()
     tail_samples: int = 0
     seed: int = 0
+    tail_epsilon: float = 0.0
+    min_n: int = 1
 
 
 @dataclass
@@ -47,8 +51,8 @@ class RowStatistics:
     gold_logprob: torch.Tensor  # float32 [C]
     tail_logmass: torch.Tensor  # float32 [C], -inf where the tail is empty
     entropy: torch.Tensor  # float32 [C]
-    top_ids: torch.Tensor  # int64 [C, N], by descending log-probability
-    top_logprobs: torch.Tensor  # float32 [C, N]
+    top_ids: torch.Tensor  # int64 [C, N], by descending log-probability; -1 beyond the prefix that is kept
+    top_logprobs: torch.Tensor  # float32 [C, N], -inf there
     tail_logmass_at: torch.Tensor  # float32 [C, len(temperatures)]
     tail_samples: torch.Tensor  # int64 [C, M]; -1 where the tail is empty
 
@@ -106,10 +110,21 @@ def row_statistics(
     top_is_gold = top_ids == gold_column
     top_p = p.gather(1, top_ids)
     log_z = -top_p[:, :1].log()
-    outside_p = p.gather(1, gold_column).masked_fill_(top_is_gold.any(1, keepdim=True), 0.0)
+    gold_p = p.gather(1, gold_column)
     tail_p = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
     tail = tail_p.sum(1)
-    nongold = tail + top_p.masked_fill(top_is_gold, 0.0).sum(1)
+    others_p = top_p.masked_fill(top_is_gold, 0.0)
+    nongold = tail + others_p.sum(1)
+    dropped = None
+    if options.tail_epsilon:
+        dropped = beyond_prefix(others_p, tail, options.tail_epsilon, options.min_n)
+        # Back to the tail, gold excepted.
+        others_p.masked_fill_(~dropped, 0.0)
+        tail_p.scatter_add_(1, top_ids, others_p)
+        tail = tail + others_p.sum(1)
+        top_p = top_p.masked_fill(dropped, 0.0)
+    kept_gold = top_is_gold if dropped is None else top_is_gold & ~dropped
+    outside_p = gold_p.masked_fill_(kept_gold.any(1, keepdim=True), 0.0)
     # + 0.0 turns the -0.0 of a certain gold into 0.0.
     gold_logprob = -torch.nn.functional.softplus(nongold.log() - (gold_x - log_z).squeeze(1)) + 0.0
     top_logprobs = top_x - log_z
@@ -123,7 +138,7 @@ def row_statistics(
 
     rows = p.new_ones(len(p)) if prior_rows is None else prior_rows.to(p)
     tail_sum = None if prior_sum is None else rows @ tail_p
-    at = [_tail_logmass_at(x, t, top_ids, gold_column) - log_z.squeeze(1) / t for t in options.temperatures]
+    at = [_tail_logmass_at(x, t, top_ids, gold_column, dropped) - log_z.squeeze(1) / t for t in options.temperatures]
     if options.tail_samples:
         if uniforms is None:
             raise ValueError("tail samples need uniforms")
@@ -137,6 +152,8 @@ def row_statistics(
     if tail_x.isnan().any():
         tail_x = products.nan_to_num_(nan=0.0).sum(1)
     mean_x = (top_p * top_x).sum(1) + (outside_p * gold_x).squeeze(1) + tail_x - peak.squeeze(1) * tail
+    if dropped is not None:
+        top_ids, top_logprobs = top_ids.masked_fill(dropped, -1), top_logprobs.masked_fill(dropped, float("-inf"))
     # After everything that may run out of memory, so that a caller can try again with fewer rows.
     if prior_sum is not None and tail_sum is not None:
         prior_sum += tail_sum
@@ -149,6 +166,17 @@ def row_statistics(
         tail_logmass_at=torch.stack(at, 1) if at else x.new_empty((len(gold), 0)),
         tail_samples=samples,
     )
+
+
+def beyond_prefix(others_p: torch.Tensor, tail: torch.Tensor, epsilon: float, min_n: int) -> torch.Tensor:
+    """bool `[C, N]`: entries behind the shortest prefix, of `min_n` at least, that leaves less than `epsilon`.
+
+    others_p: `[C, N]`, the top-N's probabilities in descending order, 0 at gold, which is kept wherever it stands.
+    tail: `[C]`, the mass outside top-N and gold.
+    """
+    # What a prefix that ends before entry i leaves, added up from the small end.
+    left = others_p.flip(1).cumsum(1).flip(1) + tail[:, None]
+    return (left < epsilon) & (torch.arange(left.shape[1], device=left.device) >= min_n)
 
 
 def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,13 +198,19 @@ def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tenso
 
 
 def _tail_logmass_at(
-    x: torch.Tensor, temperature: float, top_ids: torch.Tensor, gold_column: torch.Tensor
+    x: torch.Tensor,
+    temperature: float,
+    top_ids: torch.Tensor,
+    gold_column: torch.Tensor,
+    dropped: torch.Tensor | None,
 ) -> torch.Tensor:
-    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`."""
+    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`. dropped: as `beyond_prefix`."""
     p = (x / temperature).softmax(1)
-    peak_p = p.gather(1, top_ids[:, :1]).squeeze(1)
+    top_p = p.gather(1, top_ids)
     tail = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0).sum(1)
-    return tail.log() - peak_p.log()
+    if dropped is not None:
+        tail = tail + top_p.masked_fill(~dropped | (top_ids == gold_column), 0.0).sum(1)
+    return tail.log() - top_p[:, 0].log()
 
 
 def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

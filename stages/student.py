@@ -151,7 +151,7 @@ def prepare(options: StudentOptions) -> Prepared:
     samples = {cache.manifest.scoring.tail_samples for cache in caches}
     objective = options.objective.for_cache(
         has_samples=len(samples) == 1 and 0 not in samples,
-        has_prior=all(cache.tail_prior() is not None for cache in caches),
+        has_prior=all(cache.has_tail_prior for cache in caches),
     )
     options = replace(options, objective=objective)
     make_tail(objective, caches)

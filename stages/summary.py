@@ -18,6 +18,7 @@ class Summary:
     sequences: int
     tokens: int
     stored_positions: int
+    entries: int
     shards: int
     bytes: int
     mean_tail_mass: float
@@ -29,6 +30,10 @@ class Summary:
     @property
     def bytes_per_token(self) -> float:
         return self.bytes / self.tokens
+
+    @property
+    def mean_top_n(self) -> float:
+        return self.entries / max(1, self.stored_positions)
 
 
 def summarize(cache: Cache) -> Summary:
@@ -53,6 +58,7 @@ def summarize(cache: Cache) -> Summary:
         sequences=sum(receipt.rows for receipt in receipts),
         tokens=sum(receipt.tokens for receipt in receipts),
         stored_positions=len(gold_logprob),
+        entries=sum(receipt.entries for receipt in receipts),
         shards=len(receipts),
         bytes=sum(receipt.bytes for receipt in receipts),
         mean_tail_mass=sum(receipt.sum_tail_mass for receipt in receipts) / stored,

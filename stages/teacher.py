@@ -28,8 +28,8 @@ class ScoredSequence:
     gold_logprob: np.ndarray  # float32 [L-1]
     tail_logmass: np.ndarray  # float32 [L-1]
     entropy: np.ndarray  # float32 [L-1]
-    top_ids: np.ndarray  # int32 [P, N], by descending log-probability
-    top_logprobs: np.ndarray  # float32 [P, N]
+    top_ids: np.ndarray  # int32 [P, N], by descending log-probability; -1 where a position keeps fewer
+    top_logprobs: np.ndarray  # float32 [P, N], -inf there
     tail_logmass_at: np.ndarray  # float32 [L-1, len(temperatures)]
     tail_samples: np.ndarray  # int32 [P, M]
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +27,7 @@ from stages.divergence import BUCKET, StudentTerms, at_temperature, divergences,
 from stages.head_loss import head_loss
 from stages.objective import Coefficients, Objective, coefficients, compare, weighted_sum
 from stages.packing import check_packing
-from stages.shard_dataset import Collator, teacher_rows
+from stages.shard_dataset import Collator, as_tensors, teacher_rows
 from stages.tail import Tail
 from storage.errors import RunError, UserError
 
@@ -195,7 +195,7 @@ class DistillationTrainer(Trainer):
         self._train_loader = _EpochLoader(
             mixture,
             batch_sampler=EpochBatches(mixture, plan, self._data_seed, self._lengths),
-            collate_fn=_AsArrays(self.data_collator),
+            collate_fn=self.data_collator,
             num_workers=workers,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -221,7 +221,14 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset: Any = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
-        loader: DataLoader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self._eval_collator)
+        collate = self._eval_collator
+        assert collate is not None, "there is an eval dataset"
+
+        def batch(sequences: Any) -> dict[str, torch.Tensor] | UserError:
+            found = collate(sequences)
+            return found if isinstance(found, UserError) else as_tensors(found)
+
+        loader: DataLoader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=batch)
         return self.accelerator.prepare(loader)
 
     def evaluation_loop(
@@ -269,24 +276,6 @@ class DistillationTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
         self.evaluation_seconds += time.monotonic() - started
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _AsArrays:
-    """A collator whose batches leave a worker as arrays, by value: tensors would pass through shared memory, of which
-    containers have little, and through a thread that complains when it is interrupted.
-    """
-
-    collate: Any
-
-    def __call__(self, sequences: Any) -> dict[str, np.ndarray] | UserError:
-        batch = self.collate(sequences)
-        return batch if isinstance(batch, UserError) else {name: tensor.numpy() for name, tensor in batch.items()}
-
-
-def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """A batch of the training loader as the model takes it."""
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class _EpochLoader(DataLoader):

@@ -40,9 +40,9 @@ CONFIG_KEY = "teacher_logit_cache"
 MAX_VOCABULARY = 1 << 24
 
 _MAGIC = 7105.0
-_FORMAT = 1.0
+_FORMAT = 2.0
 _SEED_DIGITS = 3  # base 2**22, so each is exact in float32
-_FIXED_HEADER = 8 + _SEED_DIGITS
+_FIXED_HEADER = 10 + _SEED_DIGITS
 
 # Bytes of fp32 logits that the head makes at a time, on an accelerator and on a CPU: more rows share one reading of
 # its weights. The statistics go over them many times, on a CPU in blocks that its caches hold.
@@ -60,6 +60,8 @@ def options_to_config(options: StatisticsOptions) -> dict[str, Any]:
         "temperatures": list(options.temperatures),
         "tail_samples": options.tail_samples,
         "seed": options.seed,
+        "tail_epsilon": options.tail_epsilon,
+        "min_n": options.min_n,
     }
 
 
@@ -72,6 +74,8 @@ def options_from_config(config: Any) -> StatisticsOptions:
             temperatures=tuple(float(t) for t in ours.get("temperatures", ())),
             tail_samples=int(ours.get("tail_samples", 0)),
             seed=int(ours.get("seed", 0)),
+            tail_epsilon=float(ours.get("tail_epsilon", 0.0)),
+            min_n=int(ours.get("min_n", 1)),
         )
     except (KeyError, TypeError, ValueError):
         example = f'{{"{CONFIG_KEY}": {{"top_n": 64}}}}'
@@ -98,7 +102,7 @@ class PackedStatistics:
 
     @property
     def top_ids(self) -> np.ndarray:
-        """int32 [P, N]"""
+        """int32 [P, N], -1 beyond what a position keeps"""
         return self.entries[:, : self.options.top_n].astype(np.int32)
 
     @property
@@ -121,17 +125,18 @@ class PackedStatistics:
             raise ValueError(f"packed statistics of format {packed[1]:g}, this version reads {_FORMAT:g}")
         if not np.isfinite(packed[:_FIXED_HEADER]).all():
             raise ValueError("damaged header of packed statistics")
-        vocabulary, rows, stored, top_n, temperatures, samples = (int(x) for x in packed[2:8])
-        seed = sum(int(digit) << (22 * i) for i, digit in enumerate(packed[8:_FIXED_HEADER]))
+        vocabulary, rows, stored, top_n, temperatures, samples, min_n = (int(x) for x in packed[2:9])
+        seed = sum(int(digit) << (22 * i) for i, digit in enumerate(packed[10:_FIXED_HEADER]))
         body = _FIXED_HEADER + temperatures
         dense_size, entries_size = rows * (3 + temperatures), stored * (2 * top_n + samples)
         if (
-            min(vocabulary, rows, stored, top_n, temperatures, samples) < 0
+            min(vocabulary, rows, stored, top_n, temperatures, samples, min_n) < 0
             or len(packed) != body + dense_size + entries_size
         ):
             raise ValueError(f"packed statistics of {len(packed)} numbers, their header promises others")
-        # A temperature comes back as the shortest decimal that float32 cannot tell from it.
-        options = StatisticsOptions(top_n, tuple(float(str(t)) for t in packed[_FIXED_HEADER:body]), samples, seed)
+        # These come back as the shortest decimal that float32 cannot tell from them.
+        temperature_values = tuple(float(str(t)) for t in packed[_FIXED_HEADER:body])
+        options = StatisticsOptions(top_n, temperature_values, samples, seed, float(str(packed[9])), min_n)
         return cls(
             options,
             vocabulary,
@@ -142,7 +147,8 @@ class PackedStatistics:
 
 def _header(options: StatisticsOptions, vocabulary: int, rows: int, stored: int) -> list[float]:
     digits = [(options.seed >> (22 * i)) & ((1 << 22) - 1) for i in range(_SEED_DIGITS)]
-    numbers = [vocabulary, rows, stored, options.top_n, len(options.temperatures), options.tail_samples, *digits]
+    counts = [vocabulary, rows, stored, options.top_n, len(options.temperatures), options.tail_samples, options.min_n]
+    numbers = [*counts, options.tail_epsilon, *digits]
     return [_MAGIC, _FORMAT, *map(float, numbers), *options.temperatures]
 
 

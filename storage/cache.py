@@ -420,6 +420,11 @@ class Cache:
         return (self.path / CARD).exists()
 
     @property
+    def has_tail_prior(self) -> bool:
+        """Without reading it. Raises CacheError where its receipt is missing or another cache's."""
+        return self.prior_receipt() is not None
+
+    @property
     def lacks_tail_prior(self) -> bool:
         """Whether the mean tail distribution is missing or damaged though every shard has its part of it."""
         try:

@@ -22,6 +22,8 @@ _MAX_JSON_BYTES = 64 << 20
 # Ids are int32 and everything that is counted fits int64 with room to multiply: larger numbers are damage or malice.
 _MAX_ID = 2**31 - 1
 _MAX_COUNT = 2**48
+# Fields of `scoring` that the first caches did not have, with what stands for not having them.
+_LATER_SCORING = {"tail_epsilon": 0.0, "min_n": 1}
 
 
 class _Model(BaseModel):
@@ -67,6 +69,8 @@ class ScoringOptions(_Model):
     entropy: bool = True
     seed: int = 0
     max_length: int = Field(ge=2, le=_MAX_ID)
+    tail_epsilon: float = Field(default=0.0, ge=0, lt=1)
+    min_n: int = Field(default=1, ge=1, le=schema.MAX_TOP_N)
 
     @model_validator(mode="after")
     def _check(self) -> ScoringOptions:
@@ -74,6 +78,8 @@ class ScoringOptions(_Model):
             raise ValueError(f"logprob_bits must be one of {sorted(schema.LOGPROB_TYPES)}")
         if any(not 0 < t < math.inf or t == 1 for t in self.temperatures):
             raise ValueError("extra temperatures must be positive, finite and not 1, which is always there")
+        if self.min_n > self.top_n:
+            raise ValueError("min_n is larger than top_n")
         names = {schema.temperature_column(t).name for t in (1.0, *self.temperatures)}
         if len(names) <= len(self.temperatures):
             raise ValueError("extra temperatures must differ from 1 and each other in six digits")
@@ -120,8 +126,15 @@ class Manifest(_Model):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part that decides whether two commands make the same cache, as plain JSON values."""
-        return self.model_dump(mode="json", exclude={"source", "made_with"})
+        """The part that decides whether two commands make the same cache, as plain JSON values.
+
+        Fields that came later count only where they say something, so that older caches keep their identity.
+        """
+        found = self.model_dump(mode="json", exclude={"source", "made_with"})
+        for name, default in _LATER_SCORING.items():
+            if found["scoring"][name] == default:
+                del found["scoring"][name]
+        return found
 
     @property
     def cache_id(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from storage import schema
+from storage import quantization, schema
 from storage.errors import CacheError
 
 
@@ -57,15 +57,33 @@ class Rows:
     def tokens(self) -> int:
         return len(self.lists["input_ids"].values)
 
+    def take(self, rows: np.ndarray) -> Rows:
+        """These rows (int `[K]`), in this order, as arrays of their own."""
+        picked = {
+            name: Ragged.from_lists([ragged[row] for row in rows], ragged.values.dtype)
+            for name, ragged in self.lists.items()
+        }
+        return Rows(self.sequence_id[rows], picked)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of all `parts` (one at least, of the same columns), one after the other."""
+        lists = {}
+        for name in parts[0].lists:
+            offsets = np.cumsum([0, *(length for part in parts for length in part[name].lengths)])
+            lists[name] = Ragged(np.concatenate([part[name].values for part in parts]), offsets.astype(np.int64))
+        return cls(np.concatenate([part.sequence_id for part in parts]), lists)
+
     def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:
-        """An Arrow table with exactly `columns`; values are cast to the columns' types."""
+        """An Arrow table with exactly `columns`; values are cast to the columns' types, or made codes."""
         arrays: list[pa.Array] = []
         for column in columns:
             if not column.is_list:
                 arrays.append(pa.array(self.sequence_id, column.element))
                 continue
             ragged = self.lists[column.name]
-            values = pa.array(ragged.values.astype(column.element.to_pandas_dtype(), copy=False), column.element)
+            stored = quantization.encode(ragged.values) if column.element == pa.uint8() else ragged.values
+            values = pa.array(stored.astype(column.element.to_pandas_dtype(), copy=False), column.element)
             if ragged.offsets[-1] > np.iinfo(np.int32).max:
                 raise CacheError(f"column {column.name} of one shard has over 2^31 values; use smaller shards")
             arrays.append(pa.ListArray.from_arrays(pa.array(ragged.offsets.astype(np.int32)), values, type=column.type))
@@ -74,7 +92,7 @@ class Rows:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Rows:
-        """Views (copies only where Arrow holds bits or several chunks) of a table's columns."""
+        """Views (copies only where Arrow holds bits, codes or several chunks) of a table's columns."""
         lists: dict[str, Ragged] = {}
         sequence_id = np.arange(len(table), dtype=np.int64)
         for name in table.column_names:
@@ -90,5 +108,8 @@ class Rows:
             values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
             if values.null_count:
                 raise CacheError(f"column {name} has nulls inside its lists")
-            lists[name] = Ragged(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+            numbers = values.to_numpy(zero_copy_only=False)
+            if numbers.dtype == np.uint8:
+                numbers = quantization.decode(numbers, float(table.schema.metadata[schema.META_STEP]))
+            lists[name] = Ragged(numbers, offsets - offsets[0])
         return cls(sequence_id, lists)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 FORMAT_VERSION = 1
@@ -21,6 +22,8 @@ FORMAT_VERSION = 1
 META_FORMAT = b"teacher_logit_cache.format_version"
 META_CACHE_ID = b"teacher_logit_cache.cache_id"
 META_SHARD = b"teacher_logit_cache.shard"
+# Only where `top_logprobs` are codes: a code c stands for -(step * c)^2 nats.
+META_STEP = b"teacher_logit_cache.top_logprobs_step"
 
 _TEMPERATURE_PREFIX = "tail_logmass_T"
 
@@ -47,6 +50,11 @@ class Column:
         return pa.list_(pa.field("element", self.element, nullable=False))
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of its values in memory. Codes are log-probabilities there."""
+        return np.dtype(np.float32 if self.element == pa.uint8() else self.element.to_pandas_dtype())
+
+    @property
     def field(self) -> pa.Field:
         return pa.field(self.name, self.type, nullable=False, metadata={"unit": self.unit, "per": self.per})
 
@@ -61,9 +69,17 @@ TAIL_LOGMASS = Column(
 ENTROPY = Column(
     "entropy", pa.float16(), "L-1", "nats", "entropy of the full distribution; absent where the engine cannot tell"
 )
-TOP_COUNT = Column("top_count", pa.uint16(), "L-1", "entries", "top-N entries of this position; 0 where masked out")
+TOP_COUNT = Column(
+    "top_count",
+    pa.uint16(),
+    "L-1",
+    "entries",
+    "top-N entries of this position (adaptive N: of its prefix); 0 where masked out",
+)
 TOP_IDS = Column("top_ids", pa.int32(), "E", "token id", "ids of the entries, most probable first")
-TOP_LOGPROBS = Column("top_logprobs", pa.float16(), "E", "nats", "their log-probabilities, descending")
+TOP_LOGPROBS = Column(
+    "top_logprobs", pa.float16(), "E", "nats", "their log-probabilities, descending; as codes c: -(step c)^2"
+)
 TAIL_SAMPLES = Column(
     "tail_samples",
     pa.int32(),
@@ -86,7 +102,7 @@ _STANDARD = (
     TOP_LOGPROBS,
 )
 
-LOGPROB_TYPES = {16: pa.float16(), 32: pa.float32()}
+LOGPROB_TYPES = {8: pa.uint8(), 16: pa.float16(), 32: pa.float32()}
 # A uint16 count bounds the entries of a position.
 MAX_TOP_N = 65_535
 
@@ -130,7 +146,7 @@ def format_markdown() -> str:
     for column in rows:
         kind = f"list<{column.element}>" if column.is_list else str(column.element)
         if column is TOP_LOGPROBS:
-            kind += "` or `list<float>"
+            kind += "`, `list<float>` or `list<uint8>"
         kind = kind.replace("halffloat", "float16").replace("<float>", "<float32>")
         meaning = column.meaning + (" (optional)" if column.optional else "")
         lines.append(f"| `{column.name}` | `{kind}` | {column.per} | {column.unit} | {meaning} |")

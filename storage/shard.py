@@ -22,6 +22,7 @@ from storage.errors import CacheError
 from storage.files import atomic_file
 from storage.manifest import Manifest
 from storage.places import Place
+from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
 
 ZSTD_LEVEL = 3
@@ -68,11 +69,14 @@ def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Wri
 
 def shard_metadata(manifest: Manifest, index: int) -> dict[bytes, bytes]:
     """What a shard says of itself, so that a swapped, renamed or foreign one is recognised."""
-    return {
+    found = {
         schema.META_FORMAT: str(schema.FORMAT_VERSION).encode(),
         schema.META_CACHE_ID: manifest.cache_id.encode(),
         schema.META_SHARD: str(index).encode(),
     }
+    if manifest.scoring.logprob_bits == 8:
+        found[schema.META_STEP] = str(LOGPROB_STEP).encode()
+    return found
 
 
 def read_shard(
@@ -255,8 +259,11 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
                 yield f"{row_of(at)}: {name} is {at_temperature[at]:g}, not the logarithm of a sum"
     if (at := _first((counts > 0) != mask.values)) is not None:
         yield f"{row_of(at)}: top_count is {counts[at]} where the loss mask is {bool(mask.values[at])}"
-    if (at := _first(counts > manifest.scoring.top_n)) is not None:
-        yield f"{row_of(at)}: top_count is {counts[at]}, this cache keeps {manifest.scoring.top_n}"
+    scoring = manifest.scoring
+    fewest = scoring.min_n if scoring.tail_epsilon else scoring.top_n
+    if (at := _first((counts > scoring.top_n) | ((counts > 0) & (counts < fewest)))) is not None:
+        keeps = f"{fewest}..{scoring.top_n}" if fewest < scoring.top_n else scoring.top_n
+        yield f"{row_of(at)}: top_count is {counts[at]}, this cache keeps {keeps}"
     starts = np.concatenate([[0], np.cumsum(counts)])
     position_of_entry = np.repeat(np.arange(len(counts)), counts)
     if (at := _first((top_ids < 0) | (top_ids >= manifest.vocabulary_size))) is not None:
@@ -291,12 +298,14 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     keep = np.ones(len(ids.values), bool)
     keep[ids.offsets[:-1]] = False
     gold = ids.values[keep]
-    # What rounding to the stored precision may do to a log-probability.
-    precision = 2.0**-10 if manifest.scoring.logprob_bits == 16 else 2.0**-20
     is_gold = top_ids == gold[position_of_entry]
     entry_position = position_of_entry[is_gold]
-    gap = np.abs(top_logprobs[is_gold] - gold_logprob[entry_position])
-    wrong = gap > 1e-4 + precision * np.abs(gold_logprob[entry_position])
+    above = gold_logprob[entry_position] - top_logprobs[is_gold]
+    gap = np.abs(above)
+    error = rounding(top_logprobs, scoring.logprob_bits)
+    # The last code stands for all below it, but not for more.
+    upward = np.where(np.isinf(error), 1.0, error)
+    wrong = ~(gap <= 1e-4 + error[is_gold]) | (above > 1e-4 + upward[is_gold])
     if (at := _first(wrong)) is not None:
         yield (
             f"{row_of(int(entry_position[at]))}: gold_logprob disagrees with gold's own entry by {gap[at]:.3g} nats "
@@ -305,14 +314,25 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     gold_in_top = np.zeros(len(counts), bool)
     gold_in_top[entry_position] = True
     stored = counts > 0
+    if epsilon := scoring.tail_epsilon:
+        heavy = stored & (counts < scoring.top_n) & ~(np.exp(tail) <= epsilon * (1 + 1e-5))
+        if (at := _first(heavy)) is not None:
+            yield (
+                f"{row_of(at)}: {counts[at]} entries leave a tail of {np.exp(tail[at]):.3g}, this cache stops below "
+                f"{scoring.top_n} entries only where less than {epsilon:g} is left"
+            )
     last = np.full(len(counts), np.inf)
-    last[stored] = top_logprobs[starts[1:][stored] - 1]
-    outside = stored & ~gold_in_top & (gold_logprob > last + 1e-4 + precision * np.abs(last))
+    at_end = starts[1:][stored] - 1
+    last[stored] = top_logprobs[at_end] + upward[at_end]
+    outside = stored & ~gold_in_top & (gold_logprob > last + 1e-4)
     if (at := _first(outside)) is not None:
         yield f"{row_of(at)}: gold is outside the top-N yet more probable than its last entry (positions shifted?)"
-    total = np.add.reduceat(np.append(np.exp(top_logprobs), 0.0), starts[:-1])
+    p = np.append(np.exp(top_logprobs), 0.0)
+    total = np.add.reduceat(p, starts[:-1])
     total = np.where(stored, total, 0.0) + np.exp(tail) + np.where(gold_in_top, 0.0, np.exp(gold_logprob))
-    slack = 1e-3 if manifest.scoring.logprob_bits == 32 else 8e-3
+    slack = np.full(len(counts), 8e-3 if scoring.logprob_bits == 16 else 1e-3)
+    if scoring.logprob_bits == 8:
+        slack += np.add.reduceat(p * np.expm1(np.append(np.minimum(error, 1.0), 0.0)), starts[:-1])
     if (at := _first(stored & ~(np.abs(total - 1.0) <= slack))) is not None:
         yield f"{row_of(at)}: the kept set and the tail sum to {total[at]:.5f}, not 1"
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from pipeline.config_file import config_option, key_value_option
 from pipeline.progress import Progress, summary
+
+if TYPE_CHECKING:
+    from stages.caching import CacheOptions
+    from stages.corpus import CorpusReport
 
 # Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,10 +37,19 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--top-n",
     default=None,
     type=click.IntRange(1, 65535),
-    show_default="4; 64 without tail samples or with --temperature",
+    show_default="4; 64 without tail samples, with --temperature or --tail-epsilon",
     help="Tokens kept per position, most probable first. Samples stand for the rest; keep more, say 64, for students "
     "that cannot use samples: reverse, jsd, tvd, and temperatures other than 1.",
 )
+@click.option(
+    "--tail-epsilon",
+    default=0.0,
+    type=click.FloatRange(0, 1, max_open=True),
+    show_default="off: every position keeps --top-n",
+    help="Keep, at each position, only as many of the --top-n most probable tokens as leave less than this mass in the "
+    "tail.",
+)
+@click.option("--min-n", default=1, type=click.IntRange(1, 65535), help="With --tail-epsilon, keep at least this many.")
 @click.option(
     "--temperature",
     "temperatures",
@@ -110,8 +125,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option(
     "--logprob-bits",
     default="16",
-    type=click.Choice(["16", "32"]),
-    help="Bits of a stored top-N log-probability; gold and tail always have 32.",
+    type=click.Choice(["8", "16", "32"]),
+    help="Bits of a stored top-N log-probability; gold and tail always have 32. 8: "
+    "within 0.013 nats at -0.25, 0.025 at -1, 0.05 at -4.",
 )
 @click.option(
     "--shard-tokens", default=1 << 18, type=click.IntRange(2), help="Tokens per shard: what a kill can cost at most."
@@ -127,7 +143,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher.")
 @click.option("--processes", type=click.IntRange(1), show_default="all cores", help="Processes that tokenise.")
 @config_option()
-def command(**given: object) -> None:
+def command(**given: Any) -> None:
     """Run the teacher once over a corpus and keep what it believed about every token.
 
     For each position: the log-probabilities of the top-N tokens and of the token that really came next, the mass of
@@ -139,17 +155,10 @@ def command(**given: object) -> None:
       pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
       pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
     """
-    from dataclasses import fields
+    from stages.caching import prepare, run
 
-    from stages.caching import CacheOptions, prepare, run
-    from stages.engines import EngineOptions
-
-    names = ("text_column", "prompt_column", "completion_column", "messages_column")
-    columns = {name: given.pop(name) for name in names}
-    given["logprob_bits"] = int(str(given["logprob_bits"]))
-    engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})  # type: ignore[arg-type]
-    prepared = prepare(CacheOptions(engine, columns=columns, **given))  # type: ignore[arg-type]
-    _report_corpus(prepared.report)
+    prepared = prepare(cache_options(given))
+    report_corpus(prepared.report)
     click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     total, waiting = len(prepared.manifest.shards), len(prepared.pending)
     if waiting == total:
@@ -168,11 +177,22 @@ def command(**given: object) -> None:
     summary("cache", [("where", cache.path), *summary_rows(cache, numbers)])
 
 
-def _report_corpus(report: object) -> None:
-    """What became of the rows, on stderr; every kind of loss that occurred is named."""
-    from stages.corpus import CorpusReport
+def cache_options(given: dict[str, Any]) -> CacheOptions:
+    """What this command's parameters ask for."""
+    from dataclasses import fields
 
-    assert isinstance(report, CorpusReport)
+    from stages.caching import CacheOptions
+    from stages.engines import EngineOptions
+
+    names = ("text_column", "prompt_column", "completion_column", "messages_column")
+    columns = {name: given.pop(name) for name in names}
+    given["logprob_bits"] = int(given["logprob_bits"])
+    engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})
+    return CacheOptions(engine, columns=columns, **given)
+
+
+def report_corpus(report: CorpusReport) -> None:
+    """What became of the rows, on stderr; every kind of loss that occurred is named."""
     click.echo(
         f"corpus: {report.rows} rows, {report.sequences} sequences, {report.tokens} tokens, "
         f"{report.trained_positions} of {report.scored_positions} positions with a loss",

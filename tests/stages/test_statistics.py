@@ -39,6 +39,48 @@ def test_equal_to_the_reference(scale: float, top_n: int) -> None:
             )
 
 
+@pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
+@pytest.mark.parametrize(("epsilon", "min_n"), [(0.5, 1), (0.1, 3), (1e-6, 1)])
+def test_adaptive_n_is_the_shortest_prefix_of_the_reference(scale: float, epsilon: float, min_n: int) -> None:
+    """Tail, temperatures, samples and prior are those of the kept prefix; what it does not change stays."""
+    cap, temperatures = 40, (2.0, 0.5)
+    logits, gold = random_rows(30, 301, scale)
+    gold[:20] = np.argsort(-logits, 1)[np.arange(20), np.arange(20) * 2]  # inside the prefix, and behind it
+    options = StatisticsOptions(cap, temperatures, tail_samples=6, tail_epsilon=epsilon, min_n=min_n)
+    uniforms = torch.tensor(np.random.default_rng(0).random((30, 6)))
+    prior = torch.zeros(301, dtype=torch.float64)
+    found = statistics(logits, gold, options, uniforms=uniforms, prior_sum=prior)
+    expected_prior = np.zeros(301)
+    counts = set()
+    for row in range(len(gold)):
+        for count in range(min_n, cap + 1):
+            expected = reference.position_statistics(logits[row], int(gold[row]), count, temperatures)
+            if np.exp(expected["tail_logmass"]) < epsilon:
+                break
+        counts.add(count)
+        assert found.top_ids[row].tolist() == [*expected["top_ids"], *[-1] * (cap - count)]
+        np.testing.assert_allclose(found.top_logprobs[row, :count], expected["top_logprobs"], atol=2e-5, rtol=1e-6)
+        assert torch.isneginf(found.top_logprobs[row, count:]).all()
+        np.testing.assert_allclose(found.gold_logprob[row], expected["gold_logprob"], atol=2e-5, rtol=1e-6)
+        np.testing.assert_allclose(found.entropy[row], expected["entropy"], atol=2e-5)
+        np.testing.assert_allclose(found.tail_logmass[row], expected["tail_logmass"], atol=2e-5, rtol=1e-6)
+        for column, temperature in enumerate(temperatures):
+            np.testing.assert_allclose(
+                found.tail_logmass_at[row, column], expected["tail_logmass_T"][temperature], atol=3e-5, rtol=1e-6
+            )
+        tail = np.exp(reference.log_softmax(logits[row]))
+        tail[expected["top_ids"]] = tail[gold[row]] = 0
+        expected_prior += tail
+        # The drawing inverts the tail's cumulative sum: near a jump float32 may fall on either side.
+        cumulative = tail.cumsum()
+        targets = uniforms[row].numpy() * cumulative[-1]
+        for drawn, target in zip(found.tail_samples[row].tolist(), targets, strict=True):
+            assert tail[drawn] > 0
+            assert cumulative[drawn] - tail[drawn] - 1e-5 * cumulative[-1] <= target <= cumulative[drawn] * (1 + 1e-5)
+    np.testing.assert_allclose(prior, expected_prior, atol=1e-5)
+    assert len(counts) > 1 or scale == 0.5 or epsilon == 1e-6
+
+
 def test_a_sure_teacher_keeps_the_digits_of_its_uncertainty() -> None:
     """Gold with probability 1 - 1e-9 and 1e-9: `1 - p` in float32 would be 0 and the ranks lost."""
     logits = np.full((2, 1001), 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +82,27 @@ def test_requests_of_a_step_do_not_mix(collector: StatisticsCollector, head: tor
     assert positions == sum(int(p.mask.sum()) for p in prompts)
     np.testing.assert_allclose(total, prior, rtol=1e-5, atol=1e-7)
     assert collector.take_prior() == (0, None)
+
+
+def test_adaptive_n_travels(head: torch.Tensor) -> None:
+    """Entries behind a position's prefix come as -1, and the header names what decided."""
+    prompt, options = Prompt(40, 3), replace(OPTIONS, tail_epsilon=0.3, min_n=2)
+    assert options_from_config({vllm_plugin.CONFIG_KEY: options_to_config(options)}) == options
+    collector = StatisticsCollector(lambda hidden: hidden @ head, options, VOCABULARY)
+    parts = []
+    for start, stop in ((0, 9), (9, 40)):
+        parts += collector.collect(prompt.hidden[start:stop], [prompt.chunk(start, stop)])
+    dense, entries = join(parts)
+    packed = [torch.tensor(vllm_plugin._header(options, VOCABULARY, len(dense), len(entries)))]
+    back = PackedStatistics.unpack(torch.cat([*packed, dense.flatten(), entries.flatten()]).numpy())
+    assert back.options == options
+    uniforms = torch.from_numpy(sample_uniforms(prompt.ids, options))
+    gold = torch.from_numpy(prompt.ids[1:])
+    wanted = row_statistics(prompt.hidden[:-1] @ head, gold, options, uniforms=uniforms)
+    stored = torch.from_numpy(prompt.mask)
+    assert np.array_equal(back.top_ids, wanted.top_ids[stored]) and len(set((back.top_ids >= 0).sum(1))) > 2
+    np.testing.assert_allclose(back.top_logprobs, wanted.top_logprobs[stored], atol=2e-6)
+    assert np.array_equal(back.tail_samples, wanted.tail_samples[stored])
 
 
 @pytest.mark.parametrize("cuts", [[1], [9], [39], [1, 2, 3], list(range(1, 40))])
@@ -222,7 +244,7 @@ def test_packing_is_exact() -> None:
         lambda p: p.astype(np.float64),
         lambda p: p.reshape(1, -1),
         lambda p: np.where(np.arange(len(p)) == 0, 1.0, p).astype(np.float32),
-        lambda p: np.where(np.arange(len(p)) == 1, 2.0, p).astype(np.float32),
+        lambda p: np.where(np.arange(len(p)) == 1, 1.0, p).astype(np.float32),
         lambda p: np.where(np.arange(len(p)) == 3, -3.0, p).astype(np.float32),
         lambda p: np.where(np.arange(len(p)) == 3, np.nan, p).astype(np.float32),
     ],

@@ -78,7 +78,7 @@ def make_rows(manifest: Manifest, index: int, *, seed: int = 0, masked: bool = T
     rows = Rows(
         np.arange(planned.first, planned.first + planned.sequences, dtype=np.int64),
         {
-            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            column.name: Ragged.from_lists(lists[column.name], column.dtype)
             for column in scoring.columns
             if column.is_list
         },

@@ -118,7 +118,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         {"shards": [{"first": 0, "sequences": 3, "tokens": 14}, {"first": 2, "sequences": 3, "tokens": 13}]},
         {"scoring__top_n": 301},
         {"scoring__top_n": 0},
-        {"scoring__logprob_bits": 8},
+        {"scoring__logprob_bits": 12},
         {"scoring__temperatures": [0.0]},
         {"scoring__temperatures": [-2.0]},
         {"scoring__temperatures": [1.0]},
