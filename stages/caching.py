@@ -401,6 +401,8 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
             if prepared.manifest.scoring.sketch is not None:
                 teacher.use_sketch(from_file(cache.sketch()))
             cache_shards(cache, prepared.corpus, teacher, prepared.pending, progress)
+            # What was pulled as a part is now the whole.
+            cache.expect(range(len(cache.manifest.shards)))
     finally:
         if prepared.teacher is not None:
             prepared.teacher.close()

@@ -6,7 +6,9 @@ is not: DuckDB cannot read it so); everything is zstd-compressed and every page 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from typing import IO
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import schema
+from storage import pages, schema
 from storage.errors import CacheError
 from storage.files import atomic_file
 from storage.manifest import Manifest
@@ -24,6 +26,10 @@ from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
 
 ZSTD_LEVEL = 3
+# Offsets into a column of a shard are int32.
+MOST_VALUES = 2**31 - 1
+# Bytes of a column that are not its values: dictionaries, headers.
+_OVERHEAD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,12 @@ def read_shard(
     index: int,
     columns: Sequence[str] | None = None,
     file: IO[bytes] | RawIOBase | None = None,
+    *,
+    page_checksums: bool = True,
 ) -> Rows:
     """Rows of a shard; `columns` None for all. Raises CacheError on anything but the shard that belongs here.
 
-    file: where the bytes are read from, if not from `path` itself.
+    file: where the bytes are read from, if not from `path` itself. page_checksums: compare those of the pages read.
     """
     wanted = {column.name: column for column in manifest.scoring.columns}
     names = list(wanted) if columns is None else list(dict.fromkeys(["sequence_id", *columns]))
@@ -90,7 +98,11 @@ def read_shard(
         if name not in wanted:
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
-        with pq.ParquetFile(file or path, page_checksum_verification=True, pre_buffer=file is not None) as parquet:
+        with ExitStack() as stack:
+            source = stack.enter_context(open(path, "rb")) if file is None else file  # type: ignore[arg-type]
+            parquet = stack.enter_context(
+                pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=file is not None)
+            )
             stored = parquet.schema_arrow
             metadata = stored.metadata or {}
             for key, value in shard_metadata(manifest, index).items():
@@ -101,14 +113,16 @@ def read_shard(
             for name in names:
                 if name not in stored.names or stored.field(name).type != wanted[name].type:
                     raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
-            table = parquet.read(columns=names, use_threads=False)
+            if parquet.metadata.num_rows != manifest.shards[index].sequences:
+                raise CacheError(
+                    f"{path}: {parquet.metadata.num_rows} rows, the plan says {manifest.shards[index].sequences}"
+                )
+            table = read_checked(parquet, source, most_values(manifest, index), names)
     except FileNotFoundError:
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{path}: unreadable as Parquet ({reason[:120]})") from None
-    if len(table) != manifest.shards[index].sequences:
-        raise CacheError(f"{path}: {len(table)} rows, the plan says {manifest.shards[index].sequences}")
     try:
         rows = Rows.from_table(table)
     except CacheError as error:
@@ -116,6 +130,56 @@ def read_shard(
     for problem in structure_problems(rows, manifest, index):
         raise CacheError(f"{path}: {problem}")
     return rows
+
+
+def most_values(manifest: Manifest, index: int) -> dict[str, int]:
+    """How many values each column of a shard may hold at most, an empty list counted as one, by the plan alone."""
+    planned, scoring = manifest.shards[index], manifest.scoring
+    each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n, "P*M": scoring.tail_samples}
+    return {
+        column.name: min(MOST_VALUES, planned.sequences + planned.tokens * each[column.per])
+        for column in scoring.columns
+    }
+
+
+def read_checked(
+    parquet: pq.ParquetFile, source: IO[bytes] | RawIOBase, most: Mapping[str, int], names: list[str]
+) -> pa.Table:
+    """The columns `names`, none of which may claim more than `most` values.
+
+    parquet: opened from `source`. Raises ValueError, before anything is decompressed, for columns whose pages are not
+    what the footer says: a few kilobytes of zstd may stand for gigabytes, and Arrow may crash.
+    """
+    values = dict.fromkeys(names, 0)
+    places = list(pages.extents(parquet.metadata, names))
+    for name, extent in places:
+        values[name] += extent.values
+        if values[name] > most[name]:
+            raise ValueError(f"column {name} claims {values[name]} values, the plan allows {most[name]}")
+        # Eight bytes are the widest value; levels and headers of pages come to far less than as much again.
+        if extent.unpacked > 16 * most[name] + _OVERHEAD:
+            raise ValueError(f"column {name} claims {extent.unpacked} bytes for {extent.values} values")
+    with _bytes_of(source) as bytes_of:
+        for _, extent in places:
+            pages.check_pages(bytes_of(extent.start, extent.length), extent)
+    return parquet.read(columns=names, use_threads=False)
+
+
+@contextmanager
+def _bytes_of(source: IO[bytes] | RawIOBase) -> Iterator[Callable[[int, int], memoryview]]:
+    """Start and length -> those bytes of an open file, mapped where that can be."""
+    try:
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+
+        def read(start: int, length: int) -> memoryview:
+            source.seek(start)
+            return memoryview(source.read(length) or b"")
+
+        yield read
+        return
+    # Closed with its last view: an error on its way may hold one.
+    yield lambda start, length: memoryview(mapped)[start : start + length]
 
 
 def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[str]:
