@@ -335,6 +335,10 @@ class Cache:
             self._receipts[index] = self.receipt(index)
         return self._receipts[index]
 
+    def tail_sum(self, index: int) -> np.ndarray:
+        """The summed tail of shard `index`, float64 `[V]`. Raises CacheError where it cannot be read."""
+        return self._read_float_column(self.tail_sum_path(index), "tail_sum", np.float64)
+
     def seal(self, card: str) -> None:
         """Write what the whole cache says: the mean tail distribution and, last, the card."""
         receipts = self.receipts()
@@ -342,7 +346,7 @@ class Cache:
             total = np.zeros(self.manifest.vocabulary_size)
             stored = 0
             for index, receipt in enumerate(receipts):
-                total += self._read_float_column(self.tail_sum_path(index), "tail_sum", np.float64)
+                total += self.tail_sum(index)
                 stored += receipt.stored_positions
             mean = pa.table({"tail_prior": (total / max(1, stored)).astype(np.float32)})
             shard_file.write_table(self.path / TAIL_PRIOR, mean, ["tail_prior"])

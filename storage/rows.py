@@ -26,6 +26,20 @@ class Ragged:
         values = np.concatenate(lists).astype(dtype, copy=False) if lists else np.zeros(0, dtype)
         return cls(values, offsets)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
+        starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+        offsets = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate([[0], *offsets]))
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """Some of the rows, by index."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # Where each value lies: from its row's start, as far as it is from its row's start here.
+        at = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[at], offsets)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -56,6 +70,20 @@ class Rows:
     @property
     def tokens(self) -> int:
         return len(self.lists["input_ids"].values)
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some of the rows, by index."""
+        return Rows(self.sequence_id[rows], {name: ragged.take(rows) for name, ragged in self.lists.items()})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rows], first: int) -> Rows:
+        """The rows of all parts, which have the same columns, one after another and numbered from `first`."""
+        names = parts[0].lists
+        total = sum(len(part) for part in parts)
+        return cls(
+            np.arange(first, first + total, dtype=np.int64),
+            {name: Ragged.concatenate([part[name] for part in parts]) for name in names},
+        )
 
     def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:
         """An Arrow table with exactly `columns`; values are cast to the columns' types, or made codes."""

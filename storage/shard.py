@@ -169,7 +169,7 @@ def value_problems(rows: Rows, manifest: Manifest) -> list[str]:
 
 
 def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
-    mask, ids = rows["loss_mask"], rows["input_ids"]
+    mask = rows["loss_mask"]
     counts = rows["top_count"].values.astype(np.int64)
     top_ids, top_logprobs = rows["top_ids"].values, rows["top_logprobs"].values.astype(np.float64)
     gold_logprob = rows["gold_logprob"].values.astype(np.float64)
@@ -230,10 +230,7 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     if (at := _first(repeated)) is not None:
         yield f"{row_of(int(position_of_entry[order[at]]))}: id {top_ids[order[at]]} stands twice in the top-N"
 
-    # The gold token of position t is input_ids[t+1]: drop the first id of every row.
-    keep = np.ones(len(ids.values), bool)
-    keep[ids.offsets[:-1]] = False
-    gold = ids.values[keep]
+    gold = gold_ids(rows)
     is_gold = top_ids == gold[position_of_entry]
     entry_position = position_of_entry[is_gold]
     above = gold_logprob[entry_position] - top_logprobs[is_gold]
@@ -271,6 +268,14 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
         slack += np.add.reduceat(p * np.expm1(np.append(np.minimum(error, 1.0), 0.0)), starts[:-1])
     if (at := _first(stored & ~(np.abs(total - 1.0) <= slack))) is not None:
         yield f"{row_of(at)}: the kept set and the tail sum to {total[at]:.5f}, not 1"
+
+
+def gold_ids(rows: Rows) -> np.ndarray:
+    """The gold token of every position, flat: of position t it is input_ids[t+1], so the first id of a row is none."""
+    ids = rows["input_ids"]
+    keep = np.ones(len(ids.values), bool)
+    keep[ids.offsets[:-1]] = False
+    return ids.values[keep]
 
 
 def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
