@@ -1,7 +1,8 @@
 """One Parquet file: writing it, reading it, and the invariants that hold in it.
 
 Encodings: ids and float32 are byte-stream-split, which sets upper bytes and exponents side by side for zstd (float16
-is not: DuckDB cannot read it so); everything is zstd-compressed and every page carries a CRC that reading checks.
+is not: DuckDB cannot read it so; codes of one byte are int32 to Parquet); everything is zstd-compressed and every page
+carries a CRC that reading checks. What other encodings would cost: docs/storage.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from storage.places import Place
 from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
 
-ZSTD_LEVEL = 3
+# By column, where it is not ZSTD_LEVEL: ids in the order of their probability gain nothing from a higher one.
+ZSTD_LEVEL, ZSTD_LEVELS = 3, {"top_ids": 1}
+# A uint8 is an int32 to Parquet: split, its three zero bytes cost nothing.
+_SPLIT = (pa.int32(), pa.float32(), pa.uint8())
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def write_shard(path: Place, rows: Rows, manifest: Manifest, index: int) -> Writ
 
 def split_leaves(columns: Sequence[schema.Column]) -> list[str]:
     """The leaves of a shard that are byte-stream-split."""
-    return [f"{column.name}.list.element" for column in columns if column.element in (pa.int32(), pa.float32())]
+    return [f"{column.name}.list.element" for column in columns if column.element in _SPLIT]
 
 
 def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Written:
@@ -52,7 +56,12 @@ def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Wri
             table,
             pa.PythonFile(file, "w"),
             compression="zstd",
-            compression_level=ZSTD_LEVEL,
+            compression_level={
+                f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: ZSTD_LEVELS.get(
+                    field.name, ZSTD_LEVEL
+                )
+                for field in table.schema
+            },
             use_dictionary=False,
             use_byte_stream_split=list(split_bytes) or False,
             write_page_checksum=True,
