@@ -174,7 +174,7 @@ def trainings(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[
     from stages.head_loss import head_loss
     from stages.mixing import Mixture
     from stages.objective import Objective, coefficients, weighted_sum
-    from stages.shard_dataset import Collator, ShardDataset, sequence_lengths, teacher_rows
+    from stages.shard_dataset import Collator, ShardDataset, as_tensors, sequence_lengths, teacher_rows
 
     torch.manual_seed(0)
     student = random_qwen3(arguments.vocabulary, arguments.hidden, arguments.layers, tied=True, head_dim=32)
@@ -211,7 +211,7 @@ def trainings(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[
                 if batch is None:
                     batches = iter(epochs)
                     batch = next(batches)
-                tokens += step(collate(mixture.__getitems__(batch)))  # type: ignore[arg-type]
+                tokens += step(as_tensors(collate.batch(mixture.__getitems__(batch))))
             return tokens
 
         return run

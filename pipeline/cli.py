@@ -54,6 +54,9 @@ COMMANDS: dict[str, Entry] = {
     "verify": Entry("pipeline.commands.verify", "Check every shard of a cache against its receipt and the format."),
     "select": Entry("pipeline.commands.select", "Make a smaller cache from one, without the teacher."),
     "merge": Entry("pipeline.commands.merge", "Join caches of one teacher into one."),
+    "audit": Entry(
+        "pipeline.commands.audit", "Score a sample of a cache again with the live teacher, and say whether it agrees."
+    ),
     "push": Entry("pipeline.commands.push", "Copy a cache to a bucket or another place."),
     "pull": Entry("pipeline.commands.pull", "Copy a cache, or some shards of it, from a bucket to a directory."),
     "bundle": Entry("pipeline.commands.bundle", "Pack a cache into one file, to be carried by hand."),

@@ -39,4 +39,14 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
         ("UNC quantiles", quantiles),
         ("teacher's cross-entropy", f"{numbers.teacher_cross_entropy:.4f} nats"),
     ]
+    if scoring.sketch is not None:
+        rows += [
+            ("sketch", f"rank {scoring.sketch.rank}, {scoring.sketch.residual_samples} residual samples per position"),
+            ("KL of the sketch", _number(numbers.mean_sketch_kl, " nats")),
+            ("mean residual mass", _number(numbers.mean_residual_mass, " of 2")),
+        ]
     return rows
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "not stored" if value is None else f"{value:.4g}{unit}"

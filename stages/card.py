@@ -57,6 +57,7 @@ pipeline train-student --student STUDENT --shards THIS_DIRECTORY --output OUTPUT
 | shards | {summary.shards} |
 | bytes per token | {summary.bytes_per_token:.1f} |
 | top-N | {top_n} |
+| sketch | {_sketch(cache, summary)} |
 | extra temperatures | {", ".join(f"{t:g}" for t in scoring.temperatures) or "none"} |
 | mean tail mass | {summary.mean_tail_mass:.4g} |
 | mean UNC = 1 - p(gold) | {summary.mean_unc:.4g} |
@@ -75,6 +76,14 @@ have the loss mask set and keep E entries in all. Log-probabilities are natural 
 
 Before you share it: the token ids spell out the corpus, so its licence and the teacher's terms of use apply.
 """
+
+
+def _sketch(cache: Cache, summary: Summary) -> str:
+    sketch = cache.manifest.scoring.sketch
+    if sketch is None:
+        return "none"
+    kl = "" if summary.mean_sketch_kl is None else f", KL from the teacher {summary.mean_sketch_kl:.4g} nats"
+    return f"rank {sketch.rank}, {sketch.residual_samples} residual samples per position{kl}"
 
 
 def _inline(text: str) -> str:

@@ -124,12 +124,15 @@ def write(
     cache = Cache.create_or_resume(output, manifest)
     tokenizer = derivation.sources[0].tokenizer_path
     cache.write_tokenizer(lambda folder: shutil.copytree(tokenizer, folder, dirs_exist_ok=True))
+    if manifest.scoring.sketch is not None:
+        cache.write_sketch(derivation.sources[0].sketch_bytes())
     made = False
     for index, pieces in enumerate(derivation.parts):
         if not cache.is_done(index):
             started = time.monotonic()
             rows, tail_sum = _derived_shard(derivation, index, pieces)
-            cache.write_shard(index, rows, tail_sum, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            cache.write_shard(index, rows, tail_sum, seconds, _sketch_kl(derivation, pieces))
             made = True
         progress(manifest.shards[index].tokens)
     summary = summarize(cache)
@@ -171,12 +174,15 @@ def scoring_of(source: Cache, selection: Selection) -> ScoringOptions:
         temperature = schema.column_temperature(name)
         if name == "tail_samples" and old.tail_samples:
             new["tail_samples"] = 0
+        elif name == schema.SKETCH_CODES.name and old.sketch is not None:
+            new["sketch"] = None
         elif name == "entropy" and old.entropy:
             new["entropy"] = False
         elif temperature in old.temperatures:
             new["temperatures"] = tuple(t for t in new["temperatures"] if t != temperature)
         else:
             droppable = [name for name in ("tail_samples", "entropy") if getattr(old, name)]
+            droppable += [schema.SKETCH_CODES.name] * (old.sketch is not None)
             droppable += [schema.temperature_column(t).name for t in old.temperatures]
             raise UserError(f"--drop {name}: {source.path} can do without {', '.join(droppable) or 'no column'}")
     scoring = ScoringOptions(**new)
@@ -184,7 +190,8 @@ def scoring_of(source: Cache, selection: Selection) -> ScoringOptions:
     fixed = [c.name for c in scoring.columns if c.name not in _REENCODED and schema.column_temperature(c.name) is None]
     if fewer and fixed:
         raise UserError(
-            f"{source.path}: {', '.join(fixed)} stand for the tail of this --top-n; they would become wrong"
+            f"{source.path}: {', '.join(fixed)} stand for the tail of these entries; to keep fewer of them, leave the "
+            f"sketch out with --drop {schema.SKETCH_CODES.name}"
         )
     return scoring
 
@@ -301,4 +308,14 @@ def _derived_shard(derivation: Derivation, index: int, pieces: Sequence[Piece]) 
         parts.append(rows)
         if total is not None and tail_sum is not None:
             total += tail_sum
-    return Rows.concatenate(parts, manifest.shards[index].first), total
+    planned = manifest.shards[index]
+    numbers = np.arange(planned.first, planned.first + planned.sequences, dtype=np.int64)
+    return Rows(numbers, Rows.concatenated(parts).lists), total
+
+
+def _sketch_kl(derivation: Derivation, pieces: Sequence[Piece]) -> float | None:
+    """What the receipts of whole shards say of their sketch."""
+    found = [derivation.sources[piece.source].receipt(piece.shard).sum_sketch_kl for piece in pieces]
+    known = [value for value in found if value is not None]
+    whole = len(known) == len(pieces) and all(piece.rows is None for piece in pieces)
+    return sum(known) if whole and derivation.manifest.scoring.sketch is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.hub import offline_reason
 from storage.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +17,11 @@ def _explain(name: str, what: str, error: Exception) -> UserError:
     if Path(name).exists():
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return UserError(f"{name}: no {what} can be loaded from this directory ({reason[:200]})")
+    if offline := offline_reason():
+        return UserError(
+            f"{name}: no such directory, no {what} of that name was downloaded before, and none can be now "
+            f"({offline}); check the spelling and the network"
+        )
     return UserError(
         f"{name}: no such directory, and no {what} of that name could be had from the hub "
         "(check the spelling, the network and, for gated models, `hf auth login`)"
@@ -26,7 +32,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """Raises UserError where there is none, or it needs code that may not run."""
     from transformers import AutoConfig
 
-    _refuse_path_to_nothing(name, "model configuration")
+    _look_for(name, "model configuration")
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -39,7 +45,7 @@ def load_tokenizer(
     """Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
-    _refuse_path_to_nothing(name, "tokenizer")
+    _look_for(name, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # noqa: BLE001 - the tokenizer loaders raise whatever their parsers raise
@@ -52,7 +58,7 @@ def load_causal_lm(
     """Raises UserError where the weights are missing, damaged or not a causal LM's."""
     from transformers import AutoModelForCausalLM
 
-    _refuse_path_to_nothing(name, "causal language model")
+    _look_for(name, "causal language model")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -71,8 +77,10 @@ def load_causal_lm(
     return model
 
 
-def _refuse_path_to_nothing(name: str, what: str) -> None:
-    """A name that can only be a path is answered at once, without asking the hub."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path and not Path(name).exists():
+def _look_for(name: str, what: str) -> None:
+    """A name that can only be a path is answered at once, and a hub's client is not sent into a dead line."""
+    if Path(name).exists():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such directory to load a {what} from")
+    offline_reason()

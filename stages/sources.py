@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.hub import offline_reason
 from storage.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def _hub_rows(source: str, split: str | None, scratch: tempfile.TemporaryDirecto
     if not _HUB_NAME.fullmatch(source) or source.lower().endswith(ENDINGS):
         raise UserError(f"There is no file or folder {source}; check the path.")
     name, _, config = source.partition(":")
+    offline = offline_reason()
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # its retries are not news: what failed is said below
     try:
@@ -173,7 +175,7 @@ def _hub_rows(source: str, split: str | None, scratch: tempfile.TemporaryDirecto
     except (FileNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{source} is no file or folder here, and no data set of that name could be fetched from the "
-            f"Hugging Face Hub ({_first_line(error)}); check the path or name, and the network."
+            f"Hugging Face Hub ({offline or _first_line(error)}); check the path or name, and the network."
         ) from error
     except PermissionError as error:
         raise UserError(

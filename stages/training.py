@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +27,8 @@ from stages.divergence import BUCKET, StudentTerms, at_temperature, divergences,
 from stages.head_loss import head_loss
 from stages.objective import Coefficients, Objective, coefficients, compare, weighted_sum
 from stages.packing import check_packing
-from stages.shard_dataset import Collator, teacher_rows
+from stages.shard_dataset import Collator, as_tensors, teacher_rows
+from stages.sketch import Sketch
 from stages.tail import Tail
 from storage.errors import RunError, UserError
 
@@ -45,6 +46,7 @@ class DistillationTrainer(Trainer):
 
     train_dataset: a Mixture. plan: how its sequences become batches, with their `lengths` where it needs them; the
     padded batch size and the devices are Trainer's. cache_names: for the held-out measures of each cache apart.
+    eval_sketch: of the codes in evaluation batches, whatever `tail` is trained with.
     Raises UserError for a model that cannot be trained on packed sequences where `plan` packs.
     """
 
@@ -56,6 +58,7 @@ class DistillationTrainer(Trainer):
         objective: Objective,
         tail: Tail = BUCKET,
         eval_collator: Collator | None = None,
+        eval_sketch: Sketch | None = None,
         plan: BatchPlan | None = None,
         lengths: np.ndarray | None = None,
         cache_names: Sequence[str] = ("",),
@@ -66,10 +69,9 @@ class DistillationTrainer(Trainer):
         self._plan = plan or BatchPlan()
         self._lengths = lengths
         self._cache_names = tuple(cache_names)
-        # The prior is one vector for the whole run; it moves to the device once.
-        prior = None if tail.log_prior is None else tail.log_prior.to(self.args.device)
-        self._tail = replace(tail, log_prior=prior)
+        self._tail = tail.to(self.args.device)
         self._eval_collator = eval_collator
+        self._eval_sketch = None if eval_sketch is None else eval_sketch.to(self.args.device)
         self._vocabulary_size = install_distillation(self.model)
         self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
         self.loss_is_scaled_for_ga = self._over_step
@@ -195,7 +197,7 @@ class DistillationTrainer(Trainer):
         self._train_loader = _EpochLoader(
             mixture,
             batch_sampler=EpochBatches(mixture, plan, self._data_seed, self._lengths),
-            collate_fn=_AsArrays(self.data_collator),
+            collate_fn=self.data_collator,
             num_workers=workers,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
@@ -221,7 +223,14 @@ class DistillationTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset: Any = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
-        loader: DataLoader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self._eval_collator)
+        collate = self._eval_collator
+        assert collate is not None, "there is an eval dataset"
+
+        def batch(sequences: Any) -> dict[str, torch.Tensor] | UserError:
+            found = collate(sequences)
+            return found if isinstance(found, UserError) else as_tensors(found)
+
+        loader: DataLoader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=batch)
         return self.accelerator.prepare(loader)
 
     def evaluation_loop(
@@ -251,7 +260,7 @@ class DistillationTrainer(Trainer):
             ) -> torch.Tensor:
                 return evaluation.sums_by_sequence(
                     hidden, head, teacher_rows(inputs), inputs["is_hard"], inputs["sequence_of"],
-                    sequences=len(inputs["input_ids"]), vocabulary_size=self._vocabulary_size,
+                    sequences=len(inputs["input_ids"]), vocabulary_size=self._vocabulary_size, sketch=self._eval_sketch,
                 )  # fmt: skip
 
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
@@ -269,24 +278,6 @@ class DistillationTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
         self.evaluation_seconds += time.monotonic() - started
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _AsArrays:
-    """A collator whose batches leave a worker as arrays, by value: tensors would pass through shared memory, of which
-    containers have little, and through a thread that complains when it is interrupted.
-    """
-
-    collate: Any
-
-    def __call__(self, sequences: Any) -> dict[str, np.ndarray] | UserError:
-        batch = self.collate(sequences)
-        return batch if isinstance(batch, UserError) else {name: tensor.numpy() for name, tensor in batch.items()}
-
-
-def as_tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """A batch of the training loader as the model takes it."""
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class _EpochLoader(DataLoader):

@@ -27,7 +27,7 @@ class Ragged:
         return cls(values, offsets)
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
+    def concatenated(cls, parts: Sequence[Ragged]) -> Ragged:
         starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
         offsets = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
         return cls(np.concatenate([part.values for part in parts]), np.concatenate([[0], *offsets]))
@@ -72,18 +72,14 @@ class Rows:
         return len(self.lists["input_ids"].values)
 
     def take(self, rows: np.ndarray) -> Rows:
-        """Some of the rows, by index."""
+        """These rows (int `[K]`), in this order, as arrays of their own."""
         return Rows(self.sequence_id[rows], {name: ragged.take(rows) for name, ragged in self.lists.items()})
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Rows], first: int) -> Rows:
-        """The rows of all parts, which have the same columns, one after another and numbered from `first`."""
-        names = parts[0].lists
-        total = sum(len(part) for part in parts)
-        return cls(
-            np.arange(first, first + total, dtype=np.int64),
-            {name: Ragged.concatenate([part[name] for part in parts]) for name in names},
-        )
+    def concatenated(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of all `parts` (one at least, of the same columns), one after the other."""
+        lists = {name: Ragged.concatenated([part[name] for part in parts]) for name in parts[0].lists}
+        return cls(np.concatenate([part.sequence_id for part in parts]), lists)
 
     def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:
         """An Arrow table with exactly `columns`; values are cast to the columns' types, or made codes."""

@@ -30,7 +30,9 @@ _TEMPERATURE_PREFIX = "tail_logmass_T"
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `per` says what its list counts: ids (L), positions (L-1), entries (E), stored positions x M."""
+    """One column. `per` says what its list counts: ids (L), positions (L-1), entries (E), stored positions (P), these
+    times the samples (M) or the codes (r) of each.
+    """
 
     name: str
     element: pa.DataType
@@ -90,6 +92,33 @@ TAIL_SAMPLES = Column(
     optional=True,
 )
 
+SKETCH_CODES = Column(
+    "sketch_codes",
+    pa.int8(),
+    "P*r",
+    "steps",
+    "code z of the teacher's last hidden state; with `sketch.safetensors` the logits of the tail are about "
+    "bias + basis (scales * z)",
+    optional=True,
+)
+RESIDUAL_SAMPLES = Column(
+    "residual_samples",
+    pa.int32(),
+    "P*M",
+    "token id",
+    "M ids per stored position drawn from the tail in proportion to |p - w|, w the tail that the codes give, both "
+    "summing to 1: the id where p > w, else -(id + 1); of no meaning where residual_mass is 0",
+    optional=True,
+)
+RESIDUAL_MASS = Column(
+    "residual_mass",
+    pa.float16(),
+    "P",
+    "probability",
+    "R, the sum of |p - w| over the tail: w + R / M times the signed samples has the expectation p",
+    optional=True,
+)
+
 _STANDARD = (
     SEQUENCE_ID,
     INPUT_IDS,
@@ -126,7 +155,12 @@ def column_temperature(name: str) -> float | None:
 
 
 def columns(
-    logprob_bits: int = 16, temperatures: Iterable[float] = (), tail_samples: int = 0, entropy: bool = True
+    logprob_bits: int = 16,
+    temperatures: Iterable[float] = (),
+    tail_samples: int = 0,
+    entropy: bool = True,
+    sketch_rank: int = 0,
+    residual_samples: int = 0,
 ) -> tuple[Column, ...]:
     """The columns of a cache with these options, in file order."""
     logprobs = Column(**{**TOP_LOGPROBS.__dict__, "element": LOGPROB_TYPES[logprob_bits]})
@@ -136,12 +170,17 @@ def columns(
     chosen += [temperature_column(t) for t in sorted(temperatures)]
     if tail_samples:
         chosen.append(TAIL_SAMPLES)
+    if sketch_rank:
+        chosen.append(SKETCH_CODES)
+    if residual_samples:
+        chosen += [RESIDUAL_SAMPLES, RESIDUAL_MASS]
     return tuple(chosen)
 
 
 def format_markdown() -> str:
     """The column table of `docs/format.md`."""
     rows = [*_STANDARD, Column(**{**temperature_column(2).__dict__, "name": "tail_logmass_T…"}), TAIL_SAMPLES]
+    rows += [SKETCH_CODES, RESIDUAL_SAMPLES, RESIDUAL_MASS]
     lines = ["| column | type | length | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     for column in rows:
         kind = f"list<{column.element}>" if column.is_list else str(column.element)

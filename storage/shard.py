@@ -7,7 +7,7 @@ carries a CRC that reading checks. What other encodings would cost: docs/storage
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from typing import IO
@@ -151,13 +151,15 @@ def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[s
         stored = _sums(rows["loss_mask"].values, rows["loss_mask"].offsets)
     if "top_count" in rows.lists:
         counts = _sums(rows["top_count"].values.astype(np.int64), rows["top_count"].offsets)
+    per_position = manifest.scoring.per_stored_position
     for name, ragged in rows.lists.items():
         expected = {
             "L": positions + 1,
             "L-1": positions,
             "E": counts,
-            "P*M": None if stored is None else stored * manifest.scoring.tail_samples,
-        }[columns[name].per]
+        }.get(columns[name].per)
+        if stored is not None and name in per_position:
+            expected = stored * per_position[name]
         if expected is not None and (row := _first(ragged.lengths != expected)) is not None:
             yield (
                 f"row {row}: {name} holds {ragged.lengths[row]} values, "
@@ -228,6 +230,11 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
         drawn = position_of_sample * manifest.vocabulary_size + samples
         if (at := _first(np.isin(drawn, kept) & (samples >= 0))) is not None:
             yield f"{row_of(int(position_of_sample[at]))}: tail sample {samples[at]} is in the top-N"
+    if "sketch_codes" in rows.lists and (at := _first(rows["sketch_codes"].values == -128)) is not None:
+        position = int(np.flatnonzero(mask.values)[at // manifest.scoring.per_stored_position["sketch_codes"]])
+        yield f"{row_of(position)}: a sketch code is -128, they are -127..127"
+    if "residual_samples" in rows.lists and "residual_mass" in rows.lists:
+        yield from _residual_problems(rows, manifest, position_of_entry * manifest.vocabulary_size + top_ids, row_of)
     ascending = np.diff(top_logprobs) > 0
     ascending &= position_of_entry[1:] == position_of_entry[:-1] if len(position_of_entry) else False
     if (at := _first(ascending)) is not None:
@@ -285,6 +292,27 @@ def gold_ids(rows: Rows) -> np.ndarray:
     keep = np.ones(len(ids.values), bool)
     keep[ids.offsets[:-1]] = False
     return ids.values[keep]
+
+
+def _residual_problems(rows: Rows, manifest: Manifest, kept: np.ndarray, row_of: Callable[[int], str]) -> Iterator[str]:
+    """kept: int64 `[E]`, position times the vocabulary plus id of every entry."""
+    stored = np.flatnonzero(rows["loss_mask"].values)
+    mass = rows["residual_mass"].values.astype(np.float64)
+    # float16 may round up what is at most 2.
+    if (at := _first(~((mass >= 0) & (mass <= 2.0 + 2.0**-9)))) is not None:
+        yield f"{row_of(int(stored[at]))}: residual_mass is {mass[at]:g}, not between 0 and 2"
+    samples = rows["residual_samples"].values.astype(np.int64)
+    per_position = manifest.scoring.per_stored_position["residual_samples"]
+    positions = np.repeat(stored, per_position)
+    ids = np.where(samples < 0, -samples - 1, samples)
+    if (at := _first(ids >= manifest.vocabulary_size)) is not None:
+        yield (
+            f"{row_of(int(positions[at]))}: residual sample {samples[at]} is outside "
+            f"-{manifest.vocabulary_size}..{manifest.vocabulary_size - 1}"
+        )
+    inside = np.isin(positions * manifest.vocabulary_size + ids, kept) & np.repeat(mass > 0, per_position)
+    if (at := _first(inside)) is not None:
+        yield f"{row_of(int(positions[at]))}: residual sample {samples[at]} is in the top-N"
 
 
 def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from pipeline.config_file import config_option, key_value_option
 from pipeline.progress import Progress, summary
+
+if TYPE_CHECKING:
+    from stages.caching import CacheOptions
+    from stages.corpus import CorpusReport
 
 # Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -31,7 +37,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--top-n",
     default=None,
     type=click.IntRange(1, 65535),
-    show_default="4; 64 without tail samples, with --temperature or --tail-epsilon",
+    show_default="4; 64 without samples, with --temperature or --tail-epsilon",
     help="Tokens kept per position, most probable first. Samples stand for the rest; keep more, say 64, for students "
     "that cannot use samples: reverse, jsd, tvd, and temperatures other than 1.",
 )
@@ -56,8 +62,37 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--tail-samples",
     default=None,
     type=click.IntRange(0),
-    show_default="28; 0 with a server or --vllm-route prompt-logprobs",
+    show_default="28; 0 with a sketch, a server or --vllm-route prompt-logprobs",
     help="Ids drawn from the tail at each position, in proportion to their probability.",
+)
+@click.option(
+    "--sketch-rank",
+    default=None,
+    type=click.IntRange(1, 4096),
+    show_default="no sketch",
+    help="Keep a code of this many bytes per position that says what the teacher's whole tail looks like, as the best "
+    "approximation of its logits of this rank. Up to the teacher's hidden size; engines transformers and vllm.",
+)
+@click.option(
+    "--residual-samples",
+    default=None,
+    type=click.IntRange(0),
+    show_default="8 with --sketch-rank",
+    help="Signed ids drawn at each position from what the sketch misses, which make it unbiased.",
+)
+@click.option(
+    "--sketch-positions",
+    default=None,
+    type=click.IntRange(1),
+    show_default="32768",
+    help="Positions with a loss, from the start of the corpus, on which the sketch is calibrated.",
+)
+@click.option(
+    "--sketch-from",
+    metavar="DIR_OR_URL",
+    type=click.Path(),
+    show_default="none",
+    help="Take the sketch of another cache of this teacher, so that students can be trained from both with it.",
 )
 @click.option(
     "--engine",
@@ -137,7 +172,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher.")
 @click.option("--processes", type=click.IntRange(1), show_default="all cores", help="Processes that tokenise.")
 @config_option()
-def command(**given: object) -> None:
+def command(**given: Any) -> None:
     """Run the teacher once over a corpus and keep what it believed about every token.
 
     For each position: the log-probabilities of the top-N tokens and of the token that really came next, the mass of
@@ -149,17 +184,10 @@ def command(**given: object) -> None:
       pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
       pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
     """
-    from dataclasses import fields
+    from stages.caching import calibrate, prepare, run
 
-    from stages.caching import CacheOptions, prepare, run
-    from stages.engines import EngineOptions
-
-    names = ("text_column", "prompt_column", "completion_column", "messages_column")
-    columns = {name: given.pop(name) for name in names}
-    given["logprob_bits"] = int(str(given["logprob_bits"]))
-    engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})  # type: ignore[arg-type]
-    prepared = prepare(CacheOptions(engine, columns=columns, **given))  # type: ignore[arg-type]
-    _report_corpus(prepared.report)
+    prepared = prepare(cache_options(given))
+    report_corpus(prepared.report)
     click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     total, waiting = len(prepared.manifest.shards), len(prepared.pending)
     if waiting == total:
@@ -169,6 +197,11 @@ def command(**given: object) -> None:
     tokens = prepared.manifest.corpus.tokens
     if prepared.pending:
         click.echo("loading the teacher", err=True)
+    if (sequences := prepared.calibration) is not None:
+        click.echo("calibrating the sketch on the first positions", err=True)
+        with Progress("calibrating", sum(len(s.input_ids) for s in sequences)) as progress:
+            calibrate(prepared, progress.advance)
+    if prepared.pending:
         with Progress("caching", tokens, done_before=prepared.done_tokens) as progress:
             cache, numbers = run(prepared, progress.advance)
     else:
@@ -178,11 +211,22 @@ def command(**given: object) -> None:
     summary("cache", [("where", cache.path), *summary_rows(cache, numbers)])
 
 
-def _report_corpus(report: object) -> None:
-    """What became of the rows, on stderr; every kind of loss that occurred is named."""
-    from stages.corpus import CorpusReport
+def cache_options(given: dict[str, Any]) -> CacheOptions:
+    """What this command's parameters ask for."""
+    from dataclasses import fields
 
-    assert isinstance(report, CorpusReport)
+    from stages.caching import CacheOptions
+    from stages.engines import EngineOptions
+
+    names = ("text_column", "prompt_column", "completion_column", "messages_column")
+    columns = {name: given.pop(name) for name in names}
+    given["logprob_bits"] = int(given["logprob_bits"])
+    engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})
+    return CacheOptions(engine, columns=columns, **given)
+
+
+def report_corpus(report: CorpusReport) -> None:
+    """What became of the rows, on stderr; every kind of loss that occurred is named."""
     click.echo(
         f"corpus: {report.rows} rows, {report.sequences} sequences, {report.tokens} tokens, "
         f"{report.trained_positions} of {report.scored_positions} positions with a loss",

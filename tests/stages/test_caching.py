@@ -18,7 +18,7 @@ from stages.caching import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_AL
 from stages.divergence import teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective
-from stages.shard_dataset import Collator, ShardDataset, teacher_rows
+from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.teacher import Scored
 from stages.teacher_transformers import TransformersTeacher
 from storage.cache import Cache
@@ -108,7 +108,7 @@ def test_a_cache_of_adaptive_n(make_cache: Callable[..., Any], tiny: Tiny, tmp_p
     assert len(set(rows["top_count"].values)) > 4
     dataset = ShardDataset(cache, np.arange(3), extra=("tail_samples",))
     batch = Collator(Objective("kl"), cache.manifest.vocabulary_size).batch([dataset[i] for i in range(3)])
-    terms = teacher_terms(teacher_rows(batch), "sampled")
+    terms = teacher_terms(teacher_rows(as_tensors(batch)), "sampled")
     total = terms.gold.exp() + terms.nongold.exp() * (terms.entries.exp().sum(1) + terms.tail.exp())
     torch.testing.assert_close(total, torch.ones_like(total), atol=1e-4, rtol=0)
     with pytest.raises(CacheError, match=r"scoring.tail_epsilon: 0.25, not 0.5"):

@@ -43,7 +43,7 @@ def wide(make_cache: Callable[..., Any], corpora: list[str], tmp_path_factory: p
 
 
 def all_rows(cache: Cache) -> Rows:
-    return Rows.concatenate([cache.read_shard(index) for index in cache.shards_here], 0)
+    return Rows.concatenated([cache.read_shard(index) for index in cache.shards_here])
 
 
 def digests(cache: Cache) -> dict[str, str]:

@@ -14,9 +14,8 @@ import torch
 from stages import student as student_module
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.objective import Objective, coefficients, weighted_sum
-from stages.shard_dataset import teacher_rows
+from stages.shard_dataset import as_tensors, teacher_rows
 from stages.student import StudentOptions, load_student, make_trainer, prepare, train
-from stages.training import as_tensors
 from tests.conftest import Tiny
 
 peft = pytest.importorskip("peft")

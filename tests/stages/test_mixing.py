@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from stages.objective import Objective
-from stages.shard_dataset import corpus_threshold
+from stages.shard_dataset import as_tensors, corpus_threshold
 from stages.student import StudentOptions, make_tail, make_trainer, prepare, train
 from stages.together import check_together
-from stages.training import as_tensors
 from storage.cache import Cache
 from storage.errors import CacheError
 from tests import reference

@@ -15,7 +15,7 @@ from stages.divergence import StudentTerms, divergences, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import Objective, coefficients, weighted_sum
 from stages.packing import check_packing
-from stages.shard_dataset import Collator, ShardDataset, StoredSequence, teacher_rows
+from stages.shard_dataset import Collator, ShardDataset, StoredSequence, as_tensors, teacher_rows
 from stages.student import StudentOptions, prepare, train
 from storage.errors import UserError
 from tests.conftest import VOCABULARY, Tiny
@@ -110,8 +110,7 @@ def sequences() -> list[StoredSequence]:
 
 
 def loss_and_gradients(model: Any, objective: Objective, *, packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    batch = Collator(objective, VOCABULARY, packed=packed)(sequences())
-    assert isinstance(batch, dict)
+    batch = as_tensors(Collator(objective, VOCABULARY, packed=packed).batch(sequences()))
     rows = teacher_rows(batch)
     terms, weights = teacher_terms(rows, "bucket"), coefficients(objective, batch["is_hard"])
 
@@ -162,8 +161,7 @@ def test_rows_and_sequences_of_a_packed_batch(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "cache", make_manifest())
     dataset = ShardDataset(cache, np.arange(6))
     chosen = [dataset[i] for i in (4, 1, 2)]
-    batch = Collator(Objective(), 300, packed=True)(chosen)
-    assert isinstance(batch, dict)
+    batch = Collator(Objective(), 300, packed=True).batch(chosen)
     ids = batch["input_ids"][0]
     assert ids.tolist() == [i for s in chosen for i in s.input_ids.tolist()]
     assert batch["position_ids"][0].tolist() == [t for s in chosen for t in range(len(s.input_ids))]

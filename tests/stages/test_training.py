@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from stages.objective import Objective
+from stages.shard_dataset import as_tensors
 from stages.student import StudentOptions, make_trainer, prepare, train
-from stages.training import as_tensors
 from tests import reference
 from tests.conftest import Tiny
 

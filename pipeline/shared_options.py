@@ -1,0 +1,25 @@
+"""Options that a command takes over from another, so that both say and mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+import click
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def options_of(command: click.Command, names: Collection[str]) -> Callable[[_Function], _Function]:
+    """Give the decorated function the parameters `names` of `command`, in its order. Raises KeyError for another."""
+    there = {param.name: param for param in command.params}
+    chosen = [there[name] for name in there if name in names]
+    if missing := set(names) - set(there):
+        raise KeyError(f"{command.name} has no options {', '.join(sorted(missing))}")
+
+    def give(function: _Function) -> _Function:
+        # What click's own decorators leave behind, last option first.
+        function.__click_params__ = [*getattr(function, "__click_params__", []), *reversed(chosen)]  # type: ignore[attr-defined]
+        return function
+
+    return give
