@@ -52,6 +52,8 @@ COMMANDS: dict[str, Entry] = {
     ),
     "inspect": Entry("pipeline.commands.inspect", "Show what a cache holds, or one sequence of it as text."),
     "verify": Entry("pipeline.commands.verify", "Check every shard of a cache against its receipt and the format."),
+    "select": Entry("pipeline.commands.select", "Make a smaller cache from one, without the teacher."),
+    "merge": Entry("pipeline.commands.merge", "Join caches of one teacher into one."),
     "audit": Entry(
         "pipeline.commands.audit", "Score a sample of a cache again with the live teacher, and say whether it agrees."
     ),

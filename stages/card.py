@@ -19,6 +19,7 @@ def card(cache: Cache, summary: Summary) -> str:
     if scoring.tail_epsilon:
         top_n = f"{scoring.min_n} to {top_n}, until less than {scoring.tail_epsilon:g} of the mass is left; "
         top_n += f"{summary.mean_top_n:.1f} on average"
+    derived = ", ".join(f"{o.sequences} sequences of cache `{o.cache_id}`" for o in manifest.derived_from) or "text"
     revision = f" at revision `{manifest.teacher.revision}`" if manifest.teacher.revision else ""
     return f"""---
 # JSON strings are YAML strings, whatever stands in them.
@@ -48,6 +49,7 @@ pipeline train-student --student STUDENT --shards THIS_DIRECTORY --output OUTPUT
 | cache id | `{manifest.cache_id}` (format version {manifest.format_version}) |
 | teacher | `{_inline(manifest.teacher.name)}`, {_inline(manifest.teacher.architecture)}, scored in {scoring.dtype} |
 | engine | {_inline(scoring.engine)} |
+| made from | {derived} |
 | vocabulary | {manifest.vocabulary_size} |
 | sequences | {summary.sequences} |
 | tokens | {summary.tokens} |

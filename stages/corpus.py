@@ -91,6 +91,23 @@ class Sequence:
     loss_mask: np.ndarray  # bool [L-1]
 
 
+class CorpusFingerprint:
+    """A sha256 over the lengths, ids and masks of sequences, whatever batches they come in."""
+
+    def __init__(self) -> None:
+        self._digests = [hashlib.sha256() for _ in range(3)]
+
+    def add(self, lengths: np.ndarray, input_ids: np.ndarray, loss_masks: np.ndarray) -> None:
+        """The next sequences: integers `[S]`, their ids one after another, their masks (bool) likewise."""
+        for digest, array, dtype in zip(
+            self._digests, (lengths, input_ids, loss_masks), ("<i4", "<i4", "u1"), strict=True
+        ):
+            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
+
+
 class Corpus:
     """Memory-mapped tokenised sequences in corpus order. `build_corpus` makes one.
 
@@ -488,7 +505,7 @@ def _collect(records: Dataset, rows: int, source: str, options: CorpusOptions) -
     lengths: list[np.ndarray] = []
     kept: list[np.ndarray] = []
     overlong = trained = seen = 0
-    digests = [hashlib.sha256() for _ in range(3)]  # lengths, ids, masks
+    fingerprint = CorpusFingerprint()
     for batch in records.data.to_batches():
         outcome = batch["outcome"].to_numpy()
         counts += np.bincount(outcome, minlength=4)
@@ -501,8 +518,7 @@ def _collect(records: Dataset, rows: int, source: str, options: CorpusOptions) -
         mask = batch["loss_mask"].flatten().to_numpy(zero_copy_only=False)
         lengths.append(own.astype(np.int32))
         trained += int(np.count_nonzero(mask))
-        for digest, array, dtype in zip(digests, (own, ids, mask), ("<i4", "<i4", "u1"), strict=True):
-            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+        fingerprint.add(own, ids, mask)
     sequences = int(counts[_KEPT])
     if not sequences:
         raise UserError(
@@ -524,6 +540,5 @@ def _collect(records: Dataset, rows: int, source: str, options: CorpusOptions) -
         scored_positions=tokens - sequences,
         trained_positions=trained,
     )
-    fingerprint = hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
     everything = sequences == seen
-    return Corpus(records, None if everything else np.concatenate(kept), all_lengths, report, fingerprint)
+    return Corpus(records, None if everything else np.concatenate(kept), all_lengths, report, fingerprint.hexdigest())

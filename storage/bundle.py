@@ -40,7 +40,7 @@ _MOST_BESIDES = 64 << 20
 # Bytes of the headers that name one member; tarfile reads them at once.
 _MOST_HEADER = 1 << 16
 _MEMBER = re.compile(
-    "|".join(re.escape(name) for name in (MANIFEST, PARTIAL, TAIL_PRIOR, PRIOR_RECEIPT, CARD))
+    "|".join(re.escape(name) for name in (MANIFEST, PARTIAL, SKETCH, TAIL_PRIOR, PRIOR_RECEIPT, CARD))
     + rf"|{TOKENIZER}/.+|{SHARDS}/part-\d+\.(parquet|json)|{TAIL_SUMS}/part-\d+\.parquet"
 )
 

@@ -497,6 +497,11 @@ class Cache:
             self._receipts[index] = self.receipt(index)
         return self._receipts[index]
 
+    def tail_sum(self, index: int) -> np.ndarray:
+        """The summed tail of shard `index`, float64 `[V]`. Raises CacheError for a damaged one, OSError without one."""
+        path = self.tail_sum_path(index)
+        return self._float_column(path, path.read_bytes(), "tail_sum", np.float64)[0]
+
     def seal(self, card: str) -> None:
         """Write what the whole cache says: the mean tail distribution and, last, the card."""
         receipts = self.receipts()
@@ -504,8 +509,7 @@ class Cache:
             total = np.zeros(self.manifest.vocabulary_size)
             stored = 0
             for index, of_shard in enumerate(receipts):
-                path = self.tail_sum_path(index)
-                total += self._float_column(path, path.read_bytes(), "tail_sum", np.float64)[0]
+                total += self.tail_sum(index)
                 stored += of_shard.stored_positions
             mean = pa.table({"tail_prior": (total / max(1, stored)).astype(np.float32)})
             mean = mean.replace_schema_metadata(_positions(stored))

@@ -122,6 +122,20 @@ class ScoringOptions(_Model):
         return counts
 
 
+class Origin(_Model):
+    """A cache that this one was made from, by `pipeline select` or `merge`, and which of its sequences it took.
+
+    `first` and `stop` bound their numbers there; `shards` are those that were there, where not all were.
+    """
+
+    cache_id: str
+    sequences: int = Field(ge=1)
+    first: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    min_loss_share: float = 0.0
+    shards: tuple[int, ...] | None = None
+
+
 class PlannedShard(_Model):
     """A fixed range of sequences: `first .. first + sequences`."""
 
@@ -140,6 +154,7 @@ class Manifest(_Model):
     corpus: CorpusIdentity
     scoring: ScoringOptions
     shards: tuple[PlannedShard, ...] = Field(min_length=1)
+    derived_from: tuple[Origin, ...] = ()
     source: dict[str, Any] = Field(default_factory=dict)
     made_with: dict[str, str] = Field(default_factory=dict)
 
@@ -166,6 +181,8 @@ class Manifest(_Model):
         for name, default in _LATER_SCORING.items():
             if found["scoring"][name] == default:
                 del found["scoring"][name]
+        if not self.derived_from:
+            del found["derived_from"]
         return found
 
     @property

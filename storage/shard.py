@@ -1,7 +1,8 @@
 """One Parquet file: writing it, reading it, and the invariants that hold in it.
 
 Encodings: ids and float32 are byte-stream-split, which sets upper bytes and exponents side by side for zstd (float16
-is not: DuckDB cannot read it so); everything is zstd-compressed and every page carries a CRC that reading checks.
+is not: DuckDB cannot read it so; codes of one byte are int32 to Parquet); everything is zstd-compressed and every page
+carries a CRC that reading checks. What other encodings would cost: docs/storage.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from storage.places import Place
 from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
 
-ZSTD_LEVEL = 3
+# By column, where it is not ZSTD_LEVEL: ids in the order of their probability gain nothing from a higher one.
+ZSTD_LEVEL, ZSTD_LEVELS = 3, {"top_ids": 1}
+# A uint8 is an int32 to Parquet: split, its three zero bytes cost nothing.
+_SPLIT = (pa.int32(), pa.float32(), pa.uint8())
 # Offsets into a column of a shard are int32.
 MOST_VALUES = 2**31 - 1
 # Bytes of a column that are not its values: dictionaries, headers.
@@ -48,7 +52,7 @@ def write_shard(path: Place, rows: Rows, manifest: Manifest, index: int) -> Writ
 
 def split_leaves(columns: Sequence[schema.Column]) -> list[str]:
     """The leaves of a shard that are byte-stream-split."""
-    return [f"{column.name}.list.element" for column in columns if column.element in (pa.int32(), pa.float32())]
+    return [f"{column.name}.list.element" for column in columns if column.element in _SPLIT]
 
 
 def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Written:
@@ -58,7 +62,12 @@ def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Wri
             table,
             pa.PythonFile(file, "w"),
             compression="zstd",
-            compression_level=ZSTD_LEVEL,
+            compression_level={
+                f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: ZSTD_LEVELS.get(
+                    field.name, ZSTD_LEVEL
+                )
+                for field in table.schema
+            },
             use_dictionary=False,
             use_byte_stream_split=list(split_bytes) or False,
             write_page_checksum=True,
@@ -235,7 +244,7 @@ def value_problems(rows: Rows, manifest: Manifest) -> list[str]:
 
 
 def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
-    mask, ids = rows["loss_mask"], rows["input_ids"]
+    mask = rows["loss_mask"]
     counts = rows["top_count"].values.astype(np.int64)
     top_ids, top_logprobs = rows["top_ids"].values, rows["top_logprobs"].values.astype(np.float64)
     gold_logprob = rows["gold_logprob"].values.astype(np.float64)
@@ -301,10 +310,7 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     if (at := _first(repeated)) is not None:
         yield f"{row_of(int(position_of_entry[order[at]]))}: id {top_ids[order[at]]} stands twice in the top-N"
 
-    # The gold token of position t is input_ids[t+1]: drop the first id of every row.
-    keep = np.ones(len(ids.values), bool)
-    keep[ids.offsets[:-1]] = False
-    gold = ids.values[keep]
+    gold = gold_ids(rows)
     is_gold = top_ids == gold[position_of_entry]
     entry_position = position_of_entry[is_gold]
     above = gold_logprob[entry_position] - top_logprobs[is_gold]
@@ -342,6 +348,14 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
         slack += np.add.reduceat(p * np.expm1(np.append(np.minimum(error, 1.0), 0.0)), starts[:-1])
     if (at := _first(stored & ~(np.abs(total - 1.0) <= slack))) is not None:
         yield f"{row_of(at)}: the kept set and the tail sum to {total[at]:.5f}, not 1"
+
+
+def gold_ids(rows: Rows) -> np.ndarray:
+    """The gold token of every position, flat: of position t it is input_ids[t+1], so the first id of a row is none."""
+    ids = rows["input_ids"]
+    keep = np.ones(len(ids.values), bool)
+    keep[ids.offsets[:-1]] = False
+    return ids.values[keep]
 
 
 def _residual_problems(rows: Rows, manifest: Manifest, kept: np.ndarray, row_of: Callable[[int], str]) -> Iterator[str]:
