@@ -87,10 +87,10 @@ def measure(vocabulary: int, tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[512, 8192, 32768, 151936])
-    parser.add_argument("--tokens", type=int, default=8192, help="at the vocabulary of 8192; fewer above it")
+    parser.add_argument("--tokens", type=int, default=8192, help="at the vocabulary of 8192; down to 3072 above it")
     arguments = parser.parse_args()
     for vocabulary in arguments.vocabulary:
-        measure(vocabulary, arguments.tokens * 8192 // max(8192, vocabulary // 2))
+        measure(vocabulary, min(arguments.tokens, max(3072, arguments.tokens * 8192 // vocabulary)))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class CacheOptions:
 
     temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 where vLLM's stock API
     scores, which cannot draw, and with a server, which decided when it was started. top_n: None: DEFAULT_TOP_N with
-    samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher.
+    samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher. license, citation: for the
+    dataset card; they change no number and are no part of the identity.
     """
 
     engine: EngineOptions
@@ -72,6 +73,8 @@ class CacheOptions:
     split: str | None = None
     limit: int | None = None
     processes: int | None = None
+    license: str | None = None
+    citation: str | None = None
 
     def statistics(self) -> StatisticsOptions:
         samples = self._samples
@@ -186,13 +189,38 @@ def prepare(options: CacheOptions) -> PreparedCache:
             max_length=files.max_length,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
-        # A path says more about the machine than about the data; its last part is enough to recognise it.
-        source={"dataset": Path(options.dataset).name if os.path.exists(options.dataset) else options.dataset},
+        source=_source(options),
         made_with={**_versions(), "engine": choice.reason},
     )
     cache = Cache.resume(options.output, manifest)
+    if cache is not None:
+        _refuse_other_card(options, cache)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
     return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending)
+
+
+def _source(options: CacheOptions) -> dict[str, Any]:
+    """What the manifest says of the data, which informs and is no part of the identity."""
+    # A path says more about the machine than about the data; its last part is enough to recognise it.
+    local = os.path.exists(options.dataset)
+    said = {
+        "dataset": Path(options.dataset).name if local else options.dataset,
+        "split": None if local else options.split or "train",
+        "limit": options.limit,
+        "license": options.license,
+        "citation": options.citation,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _refuse_other_card(options: CacheOptions, cache: Cache) -> None:
+    """Raises UserError for a licence or citation that the manifest, which never changes, does not state."""
+    for name in ("license", "citation"):
+        given, there = getattr(options, name), cache.manifest.source.get(name)
+        if given is not None and given != there:
+            raise UserError(
+                f"--{name}: this cache was begun with {there!r}; leave the option out and edit {cache.path}/README.md"
+            )
 
 
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:

@@ -131,6 +131,19 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of whatever is drawn at random.")
 @click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub teacher.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher.")
+@click.option(
+    "--license",
+    metavar="ID",
+    show_default="not stated",
+    help="Licence of the cache for its dataset card, as hubs name them, e.g. cc-by-4.0. The corpus and the teacher "
+    "have theirs.",
+)
+@click.option(
+    "--citation",
+    metavar="TEXT",
+    show_default="none",
+    help="How to cite the source of the corpus, for the dataset card.",
+)
 @click.option("--processes", type=click.IntRange(1), show_default="all cores", help="Processes that tokenise.")
 @config_option()
 def command(**given: Any) -> None:
