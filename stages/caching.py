@@ -69,6 +69,7 @@ class CacheOptions:
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     seed: int = 0
     columns: dict[str, str | None] = field(default_factory=dict)
+    turns: str = "all"
     append_eos: bool = True
     split: str | None = None
     limit: int | None = None
@@ -145,6 +146,7 @@ def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
         CorpusOptions(
             max_length=teacher.max_length,
             overlong=options.overlong,  # type: ignore[arg-type]
+            turns=options.turns,  # type: ignore[arg-type]
             append_eos=options.append_eos,
             split=options.split,
             limit=options.limit,

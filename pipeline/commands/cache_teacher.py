@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TURNS = ("all", "last", "each")
 
 
 @click.command("cache-teacher")
@@ -111,6 +112,19 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     help="Column of chat messages (loss on the assistant's tokens).",
 )
 @click.option(
+    "--tools-column",
+    metavar="NAME",
+    show_default="tools",
+    help="Column of the functions that a chat's assistant may call, as JSON schemas.",
+)
+@click.option(
+    "--turns",
+    default="all",
+    type=click.Choice(_TURNS),
+    help="Assistant turns of a chat that have a loss: all in one sequence, the last alone, or each at the end of a "
+    "sequence of its own, which templates need that strip earlier thinking.",
+)
+@click.option(
     "--append-eos/--no-append-eos", default=True, help="End texts and completions with the end-of-sequence token."
 )
 @click.option(
@@ -187,7 +201,7 @@ def cache_options(given: dict[str, Any]) -> CacheOptions:
     from stages.caching import CacheOptions
     from stages.engines import EngineOptions
 
-    names = ("text_column", "prompt_column", "completion_column", "messages_column")
+    names = ("text_column", "prompt_column", "completion_column", "messages_column", "tools_column")
     columns = {name: given.pop(name) for name in names}
     given["logprob_bits"] = int(given["logprob_bits"])
     engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})

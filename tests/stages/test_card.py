@@ -34,7 +34,8 @@ def test_the_card_is_filled_in(make_cache: Callable[..., Any], tmp_path: Path) -
         "tags": ["knowledge-distillation", "teacher-logits", "teacher-logit-cache"],
         "configs": [{"config_name": "default", "data_files": "shards/*.parquet"}],
     }
-    rows = dict(line.strip("| ").split(" | ", 1) for line in text.splitlines() if line.count(" | ") == 1)
+    cells = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ") and line.endswith(" |")]
+    rows = dict(row for row in cells if len(row) == 2)
     assert rows["licence"] == "cc-by-4.0"
     assert rows["data"] == "`corpus.jsonl`, the first 20 rows"
     assert rows["corpus fingerprint"] == f"`{manifest.corpus.fingerprint}`"
