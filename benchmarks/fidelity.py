@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=192, help="of the teacher")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--teacher-steps", type=int, default=1400, help="of 2048 tokens")
+    parser.add_argument("--teacher-learning-rate", type=float, default=3e-3)
     parser.add_argument("--student-hidden", type=int, default=96)
     parser.add_argument("--student-layers", type=int, default=2)
     parser.add_argument("--start-steps", type=int, default=100, help="cross-entropy steps before the comparison")
@@ -121,7 +122,9 @@ def make_teacher(arguments: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(read_texts(corpus.teacher), arguments.work / "teacher", arguments.vocabulary)
     model = make_model(tokenizer, arguments.hidden, arguments.layers, seed=0)
     text = pack(tokenizer, read_texts(corpus.teacher))
-    learn_text(model, text, arguments.teacher_steps, batch=8, learning_rate=3e-3, seed=0, every=100)
+    learn_text(
+        model, text, arguments.teacher_steps, batch=8, learning_rate=arguments.teacher_learning_rate, seed=0, every=100
+    )
     model.save_pretrained(arguments.work / "teacher")
     describe_teacher(Bench(arguments))
 

@@ -1,18 +1,21 @@
 """Speed and memory of scoring, from token ids to shards on disk: our route against vLLM's own and the ceiling.
 
-    python -m benchmarks.score --vocabulary 32000 --top-n 128 [--prompt-length 512] [--tokens 32768] [--rounds 3]
+    python -m benchmarks.score --vocabulary 32000 --top-n 128 [--prompt-length 512] [--tokens 131072] [--rounds 3]
 
     generate       plain generation of one token per prompt; no log-probabilities, head on the last position only
     ceiling        body, head on every position and top-k in the same engine, nothing kept: what scoring cannot beat
     pooling        ours: every statistic in vLLM's pooler, written to shards
-    flat           vLLM's prompt_logprobs with flat_logprobs (our --vllm-route prompt-logprobs), written to shards
+    flat           vLLM's prompt_logprobs with flat_logprobs, written to shards
+    flat-ours      the same by our --vllm-route prompt-logprobs, whose environment is tuned as that of `pooling` is
     dicts          vLLM's prompt_logprobs as dictionaries, walked entry by entry, written to shards
     transformers   our embedded teacher, written to shards
 
-Each route runs in a process of its own with one engine; the routes take turns, round after round, so that a machine
-whose speed drifts does not favour one. Ratios are medians over rounds against the ceiling of the same round. Memory is
-the peak of the whole process tree while scoring, above what it was when the engine had started and warmed up.
-The teacher is random: a Qwen3-shaped model, hidden 256, 4 layers, its head scaled up so that it is sure of things.
+`generate`, `flat` and `dicts` are vLLM as a script starts it, its environment untouched. Shards of 32,768 tokens are
+encoded and written while the next one is scored; `cache-teacher` makes them eight times longer. Each route runs in a
+process of its own with one engine; the routes take turns, round after round, so that a machine whose speed drifts does
+not favour one. Ratios are medians over rounds against the ceiling of the same round. Memory is the peak of the whole
+process tree while scoring, above what it was when the engine had started and warmed up. The teacher is random: a
+Qwen3-shaped model, hidden 256, 4 layers, its head scaled up so that it is sure of things.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ import numpy as np
 from benchmarks.memory import PeakMemory
 from benchmarks.rounds import report, take_turns
 
-SHARD_TOKENS = 8192
-ROUTES = ("generate", "ceiling", "pooling", "flat", "dicts", "transformers")
+SHARD_TOKENS = 32_768
+ROUTES = ("generate", "ceiling", "pooling", "flat", "flat-ours", "dicts", "transformers")
 
 
 def main() -> None:
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--top-n", type=int, default=128)
     parser.add_argument("--prompt-length", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens per round")
+    parser.add_argument("--tokens", type=int, default=131_072, help="tokens per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -229,10 +232,10 @@ def ceiling_job(arguments: argparse.Namespace) -> Job:
 
 
 def generating(arguments: argparse.Namespace, **more: Any) -> Any:
-    from stages.vllm_engine import default_environment, import_vllm, on_cpu
+    from stages.vllm_engine import import_vllm, on_cpu
 
     import_vllm()
-    default_environment(1)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # as ours has it, for the sake of the memory column
     from vllm import LLM
 
     return LLM(
@@ -260,42 +263,56 @@ def generate_job(arguments: argparse.Namespace) -> Job:
     return job
 
 
-def dicts_job(arguments: argparse.Namespace) -> Job:
-    """What most scripts do: `prompt_logprobs` and a loop over its dictionaries."""
+def logprobs_job(arguments: argparse.Namespace, flat: bool) -> Job:
+    """What scripts do: `prompt_logprobs`, and a loop over its dictionaries unless they are asked for flat."""
     from vllm import SamplingParams
 
     from stages.caching import rows_from_scored
-    from stages.vllm_prompt_logprobs import scored_from_logprobs
+    from stages.statistics import StatisticsOptions
+    from stages.vllm_prompt_logprobs import scored_from_flat
 
-    n = arguments.top_n
-    llm = generating(arguments, max_logprobs=n, hf_overrides={"head_dtype": "float32"})
-    parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=n)
+    options = StatisticsOptions(arguments.top_n)
+    llm = generating(arguments, max_logprobs=options.top_n, hf_overrides={"head_dtype": "float32"})
+    parameters = SamplingParams(
+        max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=options.top_n, flat_logprobs=flat
+    )
 
     def score(sequences: list[Any]) -> Any:
         prompts: Any = [{"prompt_token_ids": s.input_ids.tolist()} for s in sequences]
-        scored = []
-        for sequence, output in zip(sequences, llm.generate(prompts, parameters, use_tqdm=False), strict=True):
-            ids = np.zeros((len(sequence.input_ids) - 1, n), np.int32)
-            logprobs = np.zeros((len(sequence.input_ids) - 1, n), np.float32)
-            gold = np.zeros(len(sequence.input_ids) - 1, np.float32)
-            for position, entries in enumerate(output.prompt_logprobs[1:]):
-                gold[position] = entries[int(sequence.input_ids[position + 1])].logprob
-                ranked = sorted(entries.items(), key=lambda item: item[1].rank)[:n]
-                for rank, (token, entry) in enumerate(ranked):
-                    ids[position, rank] = token
-                    logprobs[position, rank] = entry.logprob
-            scored.append(scored_from_logprobs(sequence, ids, logprobs, gold, arguments.vocabulary))
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        scored = [
+            scored_from_flat(sequence, output.prompt_logprobs, options, arguments.vocabulary)
+            if flat
+            else scored_from_dicts(sequence, output.prompt_logprobs, arguments)
+            for sequence, output in zip(sequences, outputs, strict=True)
+        ]
         return rows_from_scored(scored, scoring(arguments, entropy=False))
 
     return shard_by_shard(score, arguments)
+
+
+def scored_from_dicts(sequence: Any, prompt_logprobs: Any, arguments: argparse.Namespace) -> Any:
+    from stages.statistics import StatisticsOptions
+    from stages.vllm_prompt_logprobs import scored_from_logprobs
+
+    shape = len(sequence.input_ids) - 1, arguments.top_n
+    ids, logprobs, gold = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape[0], np.float32)
+    for position, entries in enumerate(prompt_logprobs[1:]):
+        gold[position] = entries[int(sequence.input_ids[position + 1])].logprob
+        ranked = sorted(entries.items(), key=lambda item: item[1].rank)[: arguments.top_n]
+        for rank, (token, entry) in enumerate(ranked):
+            ids[position, rank] = token
+            logprobs[position, rank] = entry.logprob
+    return scored_from_logprobs(sequence, ids, logprobs, gold, StatisticsOptions(arguments.top_n), arguments.vocabulary)
 
 
 JOBS: dict[str, Callable[[argparse.Namespace], Job]] = {
     "generate": generate_job,
     "ceiling": ceiling_job,
     "pooling": lambda arguments: teacher_job(lambda: vllm_teacher(arguments, "pooling"), arguments),
-    "flat": lambda arguments: teacher_job(lambda: vllm_teacher(arguments, "prompt-logprobs"), arguments),
-    "dicts": dicts_job,
+    "flat": lambda arguments: logprobs_job(arguments, flat=True),
+    "flat-ours": lambda arguments: teacher_job(lambda: vllm_teacher(arguments, "prompt-logprobs"), arguments),
+    "dicts": lambda arguments: logprobs_job(arguments, flat=False),
     "transformers": lambda arguments: teacher_job(lambda: transformers_teacher(arguments), arguments),
 }
 

@@ -54,6 +54,9 @@ Where gold is among the top-N it stands there too, so the kept set is top-N and 
 probabilities of the kept set and the tail sum to 1 within rounding. With `1 - p(gold) = UNC`, `log UNC` is the
 log-sum-exp of the non-gold entries and the tail.
 
+With 8 bits `top_logprobs` are codes: c stands for `-(step c)^2` nats, the step being in the schema metadata under
+`teacher_logit_cache.top_logprobs_step` (0.025 in this version). The largest error is `step sqrt(|logprob|) + step^2/4`.
+
 Encoding: zstd; ids and float32 byte-stream-split; a CRC on every page. The schema metadata of each file names the
 format version, the cache id and the number of the shard.
 

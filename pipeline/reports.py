@@ -17,6 +17,10 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
 
     manifest, scoring = cache.manifest, cache.manifest.scoring
     quantiles = ", ".join(f"{q:.0%} {value:.3g}" for q, value in zip(QUANTILES, numbers.unc_quantiles, strict=True))
+    adaptive: list[tuple[str, object]] = []
+    if scoring.tail_epsilon:
+        said = f"{scoring.min_n} to {scoring.top_n}, until less than {scoring.tail_epsilon:g} is left"
+        adaptive.append(("adaptive N", f"{said}; {numbers.mean_top_n:.1f} on average"))
     rows: list[tuple[str, object]] = [
         ("cache id", manifest.cache_id),
         ("teacher", f"{manifest.teacher.name} ({manifest.teacher.architecture}, {scoring.dtype}, {scoring.engine})"),
@@ -25,6 +29,7 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
         ("positions with a loss", f"{numbers.stored_positions:,}"),
         ("shards", f"{numbers.shards:,}" + (f" of {len(manifest.shards):,}" if cache.is_partial else "")),
         ("top-N", f"{scoring.top_n} of {manifest.vocabulary_size:,}"),
+        *adaptive,
         ("size", format_bytes(numbers.bytes)),
         ("bytes per token", f"{numbers.bytes_per_token:.1f}"),
         ("mean tail mass", f"{numbers.mean_tail_mass:.4g}"),
@@ -32,4 +37,14 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
         ("UNC quantiles", quantiles),
         ("teacher's cross-entropy", f"{numbers.teacher_cross_entropy:.4f} nats"),
     ]
+    if scoring.sketch is not None:
+        rows += [
+            ("sketch", f"rank {scoring.sketch.rank}, {scoring.sketch.residual_samples} residual samples per position"),
+            ("KL of the sketch", _number(numbers.mean_sketch_kl, " nats")),
+            ("mean residual mass", _number(numbers.mean_residual_mass, " of 2")),
+        ]
     return rows
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "not stored" if value is None else f"{value:.4g}{unit}"

@@ -19,6 +19,7 @@ from stages.differences import MEASURES, Comparison, Differences, apart
 from stages.engines import Choice, EngineOptions, choose, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
+from stages.sketch_calibration import from_file
 from stages.statistics import StatisticsOptions
 from stages.teacher import Teacher
 from storage.cache import Cache
@@ -141,10 +142,19 @@ def prepare(options: AuditOptions) -> PreparedAudit:
         )
     different = _identity_differences(manifest, engine.teacher, config, load_tokenizer(engine.teacher, **source))
     scoring = manifest.scoring
-    # vLLM's stock API gives the top-N and no more.
+    # vLLM's stock API gives the top-N and no more, and only engines that run here show hidden states.
     stock = engine.vllm_route == "prompt-logprobs"
+    elsewhere = stock or engine.engine == "server" or engine.server_url is not None
+    sketch = None if elsewhere else scoring.sketch
     statistics = StatisticsOptions(
-        scoring.top_n, () if stock else scoring.temperatures, 0 if stock else scoring.tail_samples, scoring.seed
+        scoring.top_n,
+        () if stock else scoring.temperatures,
+        0 if stock else scoring.tail_samples,
+        scoring.seed,
+        scoring.tail_epsilon,
+        scoring.min_n,
+        sketch_rank=sketch.rank if sketch else 0,
+        residual_samples=sketch.residual_samples if sketch else 0,
     )
     sample = draw(cache, options.sequences, options.share, options.seed)
     choice = choose(
@@ -188,6 +198,8 @@ def run(prepared: PreparedAudit, progress: Callable[[int], None]) -> Audit:
                 f"vocabulary of {manifest.vocabulary_size}; this is not the teacher of this cache"
             )
         scoring = _as_scored(manifest.scoring, prepared.statistics)
+        if scoring.sketch is not None:
+            teacher.use_sketch(from_file(prepared.cache.sketch()))
         cache, control = Differences(manifest), Differences(manifest)
         shards: set[int] = set()
         for number, stored in enumerate(_stored(prepared.cache, prepared.sample, shards)):

@@ -1,17 +1,19 @@
 """Stage one, `pipeline cache-teacher`: from options to a sealed cache.
 
-`prepare` answers everything that can be refused before a weight is read; `run` loads the teacher and works off the
-pending shards. A shard is written by a thread of its own while the teacher already scores the next one; at most one
-is waiting, so memory holds two shards and never more.
+`prepare` answers everything that can be refused before a weight is read; `calibrate` makes the sketch of a cache that
+wants one and has none yet; `run` loads the teacher and works off the pending shards. A shard is written by a thread of
+its own while the teacher already scores the next one; at most one is waiting, so memory holds two shards and never
+more.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +21,28 @@ import numpy as np
 
 from stages.card import card
 from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
+from stages.corpus import Sequence as TokenSequence
 from stages.engines import Choice, EngineOptions, choose, engine_of, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
+from stages.sketch_calibration import (
+    DEFAULT_POSITIONS,
+    calibration_id,
+    calibration_sequences,
+    from_file,
+    to_file,
+)
 from stages.statistics import StatisticsOptions
 from stages.summary import Summary, summarize
 from stages.teacher import Scored, ScoredSequence, Teacher
 from storage import schema
-from storage.cache import Cache
-from storage.errors import RunError, UserError
-from storage.manifest import CorpusIdentity, Manifest, ScoringOptions
-from storage.places import place
+from storage.cache import MANIFEST, SKETCH, Cache
+from storage.errors import CacheError, RunError, UserError
+from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity
+from storage.places import Place, place
 from storage.plan import plan_shards
 from storage.rows import Ragged, Rows
+from storage.sketch_file import SketchFile
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -41,6 +52,8 @@ DEFAULT_TOP_N = 4
 DEFAULT_TAIL_SAMPLES = 28
 # For students that no samples help: where there are none, and at other temperatures.
 DEFAULT_TOP_N_ALONE = 64
+# With a sketch, whose error they are drawn from.
+DEFAULT_RESIDUAL_SAMPLES = 8
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_SHARD_TOKENS = 1 << 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,18 +63,28 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class CacheOptions:
     """What to cache, with whom, how much of it. Lengths in tokens; `max_length` None: 2048 or the teacher's context.
 
-    temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 where vLLM's stock API
-    scores, which cannot draw, and with a server, which decided when it was started. top_n: None: DEFAULT_TOP_N with
-    samples and no further temperature, else DEFAULT_TOP_N_ALONE. engine: of the teacher. license, citation: for the
-    dataset card; they change no number and are no part of the identity.
+    temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 with a sketch, where
+    vLLM's stock API scores, which cannot draw, and with a server, which decided when it was started. top_n: None:
+    DEFAULT_TOP_N with samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the
+    teacher. tail_epsilon, min_n: as in StatisticsOptions; top_n is then the most that a position keeps.
+    sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
+    miss; None: DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
+    whose sketch, and its rank, is taken instead.
+    license, citation: for the dataset card; they change no number and are no part of the identity.
     """
 
     engine: EngineOptions
     dataset: str
     output: str
     top_n: int | None = None
+    tail_epsilon: float = 0.0
+    min_n: int = 1
     temperatures: tuple[float, ...] = ()
     tail_samples: int | None = None
+    sketch_rank: int | None = None
+    residual_samples: int | None = None
+    sketch_positions: int | None = None
+    sketch_from: str | None = None
     dtype: str = "auto"
     max_length: int | None = None
     overlong: str = "cut"
@@ -79,14 +102,31 @@ class CacheOptions:
 
     def statistics(self) -> StatisticsOptions:
         samples = self._samples
-        default = DEFAULT_TOP_N if samples and not self.temperatures else DEFAULT_TOP_N_ALONE
-        top_n = default if self.top_n is None else self.top_n
-        return StatisticsOptions(top_n, self.temperatures, samples, self.seed)
+        few = (samples or self._residual_samples) and not self.temperatures and not self.tail_epsilon
+        default = DEFAULT_TOP_N if few else DEFAULT_TOP_N_ALONE
+        return StatisticsOptions(
+            default if self.top_n is None else self.top_n,
+            self.temperatures,
+            samples,
+            self.seed,
+            self.tail_epsilon,
+            self.min_n,
+            sketch_rank=self.sketch_rank or 0,
+            residual_samples=self._residual_samples,
+        )
+
+    @property
+    def _residual_samples(self) -> int:
+        if self.sketch_rank is None:
+            return 0
+        return DEFAULT_RESIDUAL_SAMPLES if self.residual_samples is None else self.residual_samples
 
     @property
     def _samples(self) -> int:
         if self.tail_samples is not None:
             return self.tail_samples
+        if self.sketch_rank is not None:
+            return 0
         engine = self.engine
         elsewhere = engine.vllm_route == "prompt-logprobs" or engine.engine == "server" or engine.server_url
         return 0 if elsewhere else DEFAULT_TAIL_SAMPLES
@@ -102,6 +142,17 @@ class PreparedCache:
     tokenizer: PreTrainedTokenizerBase
     choice: Choice
     pending: list[int]
+    # The bytes of the sketch, where there is to be one and it is known; its teacher, once it is loaded.
+    sketch: bytes | None = None
+    teacher: Teacher | None = None
+
+    @property
+    def calibration(self) -> list[TokenSequence] | None:
+        """The sequences that the sketch is still to be made from; None where there is nothing to be made."""
+        wanted = self.manifest.scoring.sketch
+        if wanted is None or self.sketch is not None:
+            return None
+        return calibration_sequences(self.corpus, wanted.positions)
 
     @property
     def report(self) -> CorpusReport:
@@ -115,12 +166,18 @@ class PreparedCache:
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens."""
+    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens.
+
+    sketch: what is wanted, its checksum missing until it is known; sketch_bytes: where another cache has it.
+    """
 
     config: PretrainedConfig
+    identity: TeacherIdentity
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
     max_length: int
+    sketch: SketchIdentity | None
+    sketch_bytes: bytes | None
 
 
 def read_teacher(options: CacheOptions) -> TeacherFiles:
@@ -131,11 +188,19 @@ def read_teacher(options: CacheOptions) -> TeacherFiles:
     }
     config = load_config(options.engine.teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
+    identity = teacher_identity(options.engine.teacher, config)
+    sketch, sketch_bytes = _wanted_sketch(options, config, identity)
+    options = replace(options, sketch_rank=sketch.rank if sketch else None)
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
         raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
+    if statistics.min_n > statistics.top_n:
+        raise UserError(f"--min-n {statistics.min_n}: is above --top-n {statistics.top_n}")
+    if statistics.min_n > 1 and not statistics.tail_epsilon:
+        raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
     max_length = _max_length(options, config)
-    return TeacherFiles(config, load_tokenizer(options.engine.teacher, **source), vocabulary, max_length)
+    tokenizer = load_tokenizer(options.engine.teacher, **source)
+    return TeacherFiles(config, identity, tokenizer, vocabulary, max_length, sketch, sketch_bytes)
 
 
 def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
@@ -160,7 +225,8 @@ def prepare(options: CacheOptions) -> PreparedCache:
     """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
     Cache.check_target(options.output)
     files = read_teacher(options)
-    identity = teacher_identity(options.engine.teacher, files.config)
+    sketch = files.sketch
+    options = replace(options, sketch_rank=sketch.rank if sketch else None)
     statistics = options.statistics()
     choice = choose(
         options.engine,
@@ -170,8 +236,13 @@ def prepare(options: CacheOptions) -> PreparedCache:
         there=engine_of(place(options.output)),
     )
     corpus = read_corpus(options, files)
+    if sketch is not None and sketch.sha256 is None and corpus.report.trained_positions < sketch.rank:
+        raise UserError(
+            f"--sketch-rank {sketch.rank}: the corpus has only {corpus.report.trained_positions} positions with a loss "
+            "to calibrate the sketch on; give more text, or a rank that is far lower"
+        )
     manifest = Manifest(
-        teacher=identity,
+        teacher=files.identity,
         tokenizer=tokenizer_identity(files.tokenizer),
         vocabulary_size=files.vocabulary_size,
         corpus=CorpusIdentity(
@@ -186,19 +257,141 @@ def prepare(options: CacheOptions) -> PreparedCache:
             temperatures=tuple(sorted(options.temperatures)),
             tail_samples=statistics.tail_samples,
             entropy=choice.gives_entropy,
+            sketch=sketch,
             logprob_bits=options.logprob_bits,
             seed=options.seed,
             max_length=files.max_length,
+            tail_epsilon=statistics.tail_epsilon,
+            min_n=statistics.min_n,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
         source=_source(options),
         made_with={**_versions(), "engine": choice.reason},
     )
+    sketch_bytes = files.sketch_bytes
+    if sketch_bytes is None:
+        manifest, sketch_bytes = _sketch_there(options.output, manifest)
     cache = Cache.resume(options.output, manifest)
     if cache is not None:
         _refuse_other_card(options, cache)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
-    return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending)
+    return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending, sketch_bytes)
+
+
+def _wanted_sketch(
+    options: CacheOptions, config: PretrainedConfig, teacher: TeacherIdentity
+) -> tuple[SketchIdentity | None, bytes | None]:
+    """What the options say of a sketch, and its bytes where another cache has it; else its checksum is not known yet.
+
+    Raises UserError, and CacheError for another cache that has no sketch of this teacher.
+    """
+    rank = options.sketch_rank
+    if options.sketch_from is not None:
+        return _sketch_of_another(options, teacher)
+    if rank is None:
+        for name, value in [
+            ("--residual-samples", options.residual_samples),
+            ("--sketch-positions", options.sketch_positions),
+        ]:
+            if value is not None:
+                raise UserError(f"{name} {value}: means nothing without a sketch; add --sketch-rank")
+        return None, None
+    width = int(config.get_text_config().hidden_size)
+    if rank > width:
+        raise UserError(f"--sketch-rank {rank}: the teacher's hidden states have only {width} dimensions")
+    positions = DEFAULT_POSITIONS if options.sketch_positions is None else options.sketch_positions
+    if positions < rank:
+        raise UserError(f"--sketch-positions {positions}: too few for --sketch-rank {rank}; give many times the rank")
+    residuals = options.statistics().residual_samples
+    return SketchIdentity(rank=rank, residual_samples=residuals, positions=positions), None
+
+
+def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple[SketchIdentity, bytes]:
+    """The sketch of the cache `sketch_from`. Raises UserError and CacheError as `_wanted_sketch` does."""
+    assert options.sketch_from is not None
+    other = Cache.open(options.sketch_from)
+    data = other.sketch_bytes()
+    theirs = other.manifest.scoring.sketch
+    assert theirs is not None
+    if (teacher.config_sha256, teacher.weights, teacher.revision) != (
+        other.manifest.teacher.config_sha256,
+        other.manifest.teacher.weights,
+        other.manifest.teacher.revision,
+    ):
+        raise CacheError(f"--sketch-from {options.sketch_from}: its sketch is of another teacher")
+    if options.sketch_positions is not None or options.sketch_rank not in (None, theirs.rank):
+        raise UserError(
+            f"--sketch-from {options.sketch_from}: its sketch has rank {theirs.rank} and is calibrated already; leave "
+            "out --sketch-rank and --sketch-positions"
+        )
+    residuals = replace(options, sketch_rank=theirs.rank).statistics().residual_samples
+    return theirs.model_copy(update={"residual_samples": residuals}), data
+
+
+def _sketch_there(output: str, manifest: Manifest) -> tuple[Manifest, bytes | None]:
+    """The manifest naming the sketch that lies at `output`, and its bytes where they are whole.
+
+    Raises CacheError for a sketch without a cache that another command left.
+    """
+    path = place(output)
+    if manifest.scoring.sketch is None:
+        return manifest, None
+    if (path / MANIFEST).exists():
+        there = Cache.open(path)
+        if (identity := there.manifest.scoring.sketch) is None:
+            return manifest, None
+        try:
+            data = there.sketch_bytes()
+        except CacheError:
+            data = None
+        return _naming(manifest, identity.sha256), data
+    data = Cache.claimed_sketch(path)
+    return (manifest, None) if data is None else (_claimed(path, manifest, data), data)
+
+
+def _claimed(path: Place, manifest: Manifest, data: bytes) -> Manifest:
+    """The manifest naming a sketch that no manifest names yet. Raises CacheError where it is of something else."""
+    sketch = manifest.scoring.sketch
+    assert sketch is not None
+    file = SketchFile.from_bytes(data, path / SKETCH, rank=sketch.rank, vocabulary_size=manifest.vocabulary_size)
+    if file.about.get("calibration") != calibration_id(manifest):
+        raise CacheError(
+            f"{path / SKETCH}: another command left this sketch, of another teacher, corpus, engine or rank; "
+            "name a new --output or remove the file"
+        )
+    return _naming(manifest, hashlib.sha256(data).hexdigest())
+
+
+def _naming(manifest: Manifest, sha256: str | None) -> Manifest:
+    """The manifest of the same cache with this sketch."""
+    scoring = manifest.scoring
+    assert scoring.sketch is not None
+    named = scoring.model_copy(update={"sketch": scoring.sketch.model_copy(update={"sha256": sha256})})
+    return manifest.model_copy(update={"scoring": named})
+
+
+def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
+    """Make the sketch that the cache wants, where it has none; the teacher then stays loaded for `run`.
+
+    progress: gets tokens as they are read. Of several workers the first one's sketch is everybody's. Raises UserError,
+    RunError or OSError, with the teacher closed.
+    """
+    wanted, sequences = prepared.manifest.scoring.sketch, prepared.calibration
+    if wanted is None or sequences is None:
+        return
+    teacher = prepared.teacher = load_teacher(prepared)
+    try:
+        about = {
+            "calibration": calibration_id(prepared.manifest),
+            "positions": sum(int(sequence.loss_mask.sum()) for sequence in sequences),
+        }
+        prepared.sketch = to_file(teacher.calibrate(sequences, wanted.rank, progress), about).to_bytes()
+        if wanted.sha256 is None:
+            prepared.sketch = Cache.claim_sketch(prepared.options.output, prepared.sketch)
+            prepared.manifest = _claimed(place(prepared.options.output), prepared.manifest, prepared.sketch)
+    except BaseException:
+        teacher.close()
+        raise
 
 
 def _source(options: CacheOptions) -> dict[str, Any]:
@@ -227,18 +420,32 @@ def _refuse_other_card(options: CacheOptions, cache: Cache) -> None:
 
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
     """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on."""
-    cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
-    _copy_tokenizer(prepared.tokenizer, cache)
-    if prepared.pending:
-        teacher = load_teacher(prepared)
-        try:
+    calibrate(prepared, lambda tokens: None)
+    try:
+        cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
+        if prepared.sketch is not None:
+            keep_sketch(cache, prepared.sketch)
+        _copy_tokenizer(prepared.tokenizer, cache)
+        if prepared.pending:
+            teacher = prepared.teacher = prepared.teacher or load_teacher(prepared)
+            if prepared.manifest.scoring.sketch is not None:
+                teacher.use_sketch(from_file(cache.sketch()))
             cache_shards(cache, prepared.corpus, teacher, prepared.pending, progress)
-        finally:
-            teacher.close()
+    finally:
+        if prepared.teacher is not None:
+            prepared.teacher.close()
     summary = summarize(cache)
     if prepared.pending or not cache.is_sealed or cache.lacks_tail_prior:
         cache.seal(card(cache, summary))
     return cache, summary
+
+
+def keep_sketch(cache: Cache, data: bytes) -> None:
+    """Put the sketch back where it is lost, damaged, or overwritten in a store that knows no exclusive files."""
+    try:
+        cache.check_sketch()
+    except CacheError:
+        cache.write_sketch(data)
 
 
 def load_teacher(prepared: PreparedCache) -> Teacher:
@@ -330,28 +537,34 @@ def cache_shards(
             seconds = time.monotonic() - started
             if waiting is not None:
                 waiting.result()
-            waiting = writer.submit(_write, cache, index, scored, seconds)
+            waiting = writer.submit(write_scored, cache, index, scored, seconds)
         if waiting is not None:
             waiting.result()
 
 
-def _write(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
+def write_scored(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
+    """Write what the teacher gave as shard `index`. Raises OSError."""
     rows = rows_from_scored(scored.sequences, cache.manifest.scoring)
-    cache.write_shard(index, rows, scored.tail_prior_sum, seconds)
+    kl = [s.sketch_kl.sum(dtype=np.float64) for s in scored.sequences if s.sketch_kl is not None]
+    cache.write_shard(index, rows, scored.tail_prior_sum, seconds, float(sum(kl)) if kl else None)
 
 
 def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -> Rows:
     """The rows of a shard: statistics in float32 become the columns of the format."""
+    kept = [s.top_ids >= 0 for s in sequences]
     lists = {
         "input_ids": [s.sequence.input_ids for s in sequences],
         "loss_mask": [s.sequence.loss_mask for s in sequences],
         "gold_logprob": [s.gold_logprob for s in sequences],
         "tail_logmass": [s.tail_logmass for s in sequences],
         "entropy": [s.entropy for s in sequences],  # NaN where the engine cannot tell; then there is no such column
-        "top_count": [np.where(s.sequence.loss_mask, s.top_ids.shape[1], 0) for s in sequences],
-        "top_ids": [s.top_ids.ravel() for s in sequences],
-        "top_logprobs": [s.top_logprobs.ravel() for s in sequences],
+        "top_count": [_at_stored(s.sequence.loss_mask, k.sum(1)) for s, k in zip(sequences, kept, strict=True)],
+        "top_ids": [_picked(s.top_ids, k) for s, k in zip(sequences, kept, strict=True)],
+        "top_logprobs": [_picked(s.top_logprobs, k) for s, k in zip(sequences, kept, strict=True)],
         "tail_samples": [s.tail_samples.ravel() for s in sequences],
+        "sketch_codes": [s.sketch_codes.ravel() for s in sequences if s.sketch_codes is not None],
+        "residual_samples": [s.residual_samples.ravel() for s in sequences if s.residual_samples is not None],
+        "residual_mass": [s.residual_mass for s in sequences if s.residual_mass is not None],
     }
     for column, temperature in enumerate(scoring.temperatures):
         name = schema.temperature_column(temperature).name
@@ -359,8 +572,20 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
     return Rows(
         np.array([s.sequence.sequence_id for s in sequences], np.int64),
         {
-            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            column.name: Ragged.from_lists(lists[column.name], column.dtype)
             for column in scoring.columns
             if column.is_list
         },
     )
+
+
+def _picked(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The entries that are kept, flat."""
+    return values.ravel() if kept.all() else values[kept]
+
+
+def _at_stored(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """One value per position, 0 where the loss mask is not set."""
+    whole = np.zeros(len(mask), values.dtype)
+    whole[mask] = values
+    return whole

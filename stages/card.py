@@ -15,6 +15,10 @@ def card(cache: Cache, summary: Summary) -> str:
     columns = "\n".join(f"| `{c.name}` | {c.per} | {c.unit} | {c.meaning} |" for c in scoring.columns)
     quantiles = ", ".join(f"{q:.0%}: {value:.3g}" for q, value in zip(QUANTILES, summary.unc_quantiles, strict=True))
     source = _inline(str(manifest.source.get("dataset", "unknown")))
+    top_n = f"{scoring.top_n}"
+    if scoring.tail_epsilon:
+        top_n = f"{scoring.min_n} to {top_n}, until less than {scoring.tail_epsilon:g} of the mass is left; "
+        top_n += f"{summary.mean_top_n:.1f} on average"
     revision = f" at revision `{manifest.teacher.revision}`" if manifest.teacher.revision else ""
     licence = manifest.source.get("license")
     license_line = f"license: {json.dumps(str(licence))}\n" if licence else ""
@@ -45,7 +49,7 @@ configs:
 # Teacher log-probabilities of {_inline(manifest.teacher.name)}
 
 What the teacher `{_inline(manifest.teacher.name)}`{revision} believed about every token of `{source}`: the
-{scoring.top_n} most probable tokens at each position with their log-probabilities, the log-probability of the token
+most probable tokens at each position with their log-probabilities, the log-probability of the token
 that really came next, and the mass of all others. Students are trained from it without the teacher:
 
 ```
@@ -81,8 +85,9 @@ teacher itself.
 | positions with a loss | {summary.stored_positions} |
 | shards | {summary.shards} |
 | bytes per token | {summary.bytes_per_token:.1f} |
-| top-N | {scoring.top_n} |
+| top-N | {top_n} |
 | tail samples per position | {scoring.tail_samples} |
+| sketch | {_sketch(cache, summary)} |
 | extra temperatures | {", ".join(f"{t:g}" for t in scoring.temperatures) or "none"} |
 | mean tail mass | {summary.mean_tail_mass:.4g} |
 | mean UNC = 1 - p(gold) | {summary.mean_unc:.4g} |
@@ -111,6 +116,14 @@ def _size_category(rows: int) -> str:
     if power < 3:
         return "n<1K"
     return f"{steps[power - 3]}<n<{steps[power - 2]}" if power < 12 else "n>1T"
+
+
+def _sketch(cache: Cache, summary: Summary) -> str:
+    sketch = cache.manifest.scoring.sketch
+    if sketch is None:
+        return "none"
+    kl = "" if summary.mean_sketch_kl is None else f", KL from the teacher {summary.mean_sketch_kl:.4g} nats"
+    return f"rank {sketch.rank}, {sketch.residual_samples} residual samples per position{kl}"
 
 
 def _inline(text: str) -> str:

@@ -37,7 +37,8 @@ class TeacherRows:
     gold: int64 `[R]`; gold_logprob, tail_logmass: float32 `[R]`, nats;
     top_ids: int64 `[R, N]`; top_logprobs: float32 `[R, N]`, -inf where a position has fewer entries;
     tail_samples: int64 `[R, M]`, -1 where the tail is empty; entropy: float `[R]`, nats, of the teacher's full
-    distribution; None where they were not read.
+    distribution; None where they were not read. sketch_codes: int8 `[R, r]`; residual_samples: int64 `[R, M]` and
+    residual_mass: float `[R]`, as in RowStatistics.
     """
 
     gold: torch.Tensor
@@ -47,6 +48,9 @@ class TeacherRows:
     top_logprobs: torch.Tensor
     tail_samples: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    sketch_codes: torch.Tensor | None = None
+    residual_samples: torch.Tensor | None = None
+    residual_mass: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.gold)
@@ -131,6 +135,10 @@ class StudentTerms:
     gold: `[R]`, z of the gold token; entries: `[R, N]`, z of the kept non-gold ids, -inf where there is none;
     tail: `[R]`, log-sum-exp of z over the tail, -inf where it is empty. With a tail mode that gives the teacher's tail
     a shape s: expected: `[R]`, sum_j s_j z_j; shape: `[R]`, sum_j s_j log s_j, a constant; both 0 for an empty tail.
+    With a sketch and another comparison, spread: `[R]`, what the tail's ids add one by one: reversed KL(q_tail || w),
+    q_tail summing to 1; of jsd and tvd all that the tail adds, each id having its share of the whole distributions.
+    slope: `[R]`, a constant: by how much spread falls as the student's log-sum-exp over all ids, held constant in it,
+    rises; None where it is not held constant.
     """
 
     gold: torch.Tensor
@@ -138,6 +146,8 @@ class StudentTerms:
     tail: torch.Tensor
     expected: torch.Tensor | None = None
     shape: torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+    slope: torch.Tensor | None = None
 
 
 def kept_ids(rows: TeacherRows) -> torch.Tensor:
@@ -164,7 +174,70 @@ def student_terms(logits: torch.Tensor, rows: TeacherRows, tail: Tail = BUCKET) 
         ids, weights = sample_weights(rows)
         terms.expected = (z.gather(1, ids) * weights.to(z)).sum(1)
         terms.shape = sampled_shape(rows).to(z)
+    elif tail.mode == "sketch":
+        _add_sketch(terms, z, outside, rows, tail)
     return terms
+
+
+def _add_sketch(terms: StudentTerms, z: torch.Tensor, outside: torch.Tensor, rows: TeacherRows, tail: Tail) -> None:
+    """outside: z with -inf on the kept set."""
+    x = tail.sketch_logits(sketch_codes(rows), kept_ids(rows), rows.gold[:, None], z.shape[1])
+    if tail.compared == "forward":
+        w = x.softmax(1)
+        terms.expected = (w.to(z) * z).sum(1)
+        terms.shape = sketch_shape(rows, tail, x, w).to(z)
+        residual = residual_weights(rows, tail, z.shape[1])
+        if residual is not None:
+            ids, shares = residual
+            terms.expected = terms.expected + (z.gather(1, ids) * shares.to(z)).sum(1)
+        return
+    present = outside > float("-inf")
+    if tail.compared == "reverse":
+        log_q = (outside - terms.tail[:, None]).masked_fill(~present, 0.0)
+        log_w = x.log_softmax(1).to(z).masked_fill(~present, 0.0)
+        terms.spread = (log_q.exp().masked_fill(~present, 0.0) * (log_q - log_w)).sum(1)
+        return
+    q = (outside - torch.logsumexp(z, 1, keepdim=True)).masked_fill(~present, float("-inf")).exp()
+    p = rows.tail_logmass.to(z).exp()[:, None] * x.softmax(1).to(z)
+    if tail.compared == "tvd":
+        terms.spread = 0.5 * (p - q).abs().sum(1)
+        return
+    tiny = torch.finfo(z.dtype).tiny
+    log_mixed = (tail.beta * p + (1.0 - tail.beta) * q).clamp(min=tiny).log()
+    gap_p, gap_q = (share * (share.clamp(min=tiny).log() - log_mixed) for share in (p, q))
+    terms.spread = (tail.beta * gap_p + (1.0 - tail.beta) * gap_q).sum(1)
+
+
+def sketch_codes(rows: TeacherRows) -> torch.Tensor:
+    if rows.sketch_codes is None:
+        raise ValueError("the tail mode `sketch` needs sketch codes")
+    return rows.sketch_codes
+
+
+def residual_weights(rows: TeacherRows, tail: Tail, width: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """int64 `[R, M]` ids and float32 `[R, M]`, the signed share of the tail that each adds to w; None without samples.
+
+    They were drawn at temperature 1 and mean nothing at another. width: of the student's vocabulary; what it has no id
+    for adds nothing.
+    """
+    signed, mass = rows.residual_samples, rows.residual_mass
+    if signed is None or mass is None or not signed.shape[1] or tail.temperature != 1.0:
+        return None
+    ids = torch.where(signed < 0, -1 - signed, signed)
+    shares = torch.where(signed < 0, -1.0, 1.0) * (mass.float() / signed.shape[1])[:, None]
+    return ids.clamp(max=width - 1), shares.masked_fill(ids >= width, 0.0)
+
+
+def sketch_shape(rows: TeacherRows, tail: Tail, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """float `[R]`: sum_j s_j log s_j; of the true tail where residual samples stand for it, else of w `[R, V]`.
+
+    x: `[R, V]`, logits of w.
+    """
+    if residual_weights(rows, tail, x.shape[1]) is not None:
+        return sampled_shape(rows)
+    # log w at its peak gives the normaliser without another logarithm per id.
+    log_sum = x.amax(1) - w.amax(1).log()
+    return torch.linalg.vecdot(w, x) - log_sum
 
 
 def sample_weights(rows: TeacherRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +284,7 @@ def divergences(
 
     direction: `reverse` swaps p and q, so KL(q || p) = TKD + (1 - q_g) DKD. whole: which divergence of the whole
     distributions; jsd is beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (Agarwal et al., ICLR
-    2024), tvd is half the sum of |p - q|. All but forward ones compare the tail as one lump.
+    2024), tvd is half the sum of |p - q|. All but forward ones compare the tail as one lump, unless a sketch says more.
     """
     nongold = torch.logaddexp(student.tail, _logsumexp(student.entries))
     everything = torch.logaddexp(nongold, student.gold)
@@ -232,12 +305,21 @@ def divergences(
         empty = (teacher.tail == float("-inf")) | (student.tail == float("-inf"))
         gap = student.shape - student.expected + student.tail.masked_fill(empty, 0.0)
         dkd = dkd + teacher.tail.exp() * gap.masked_fill(empty, 0.0)
+    if direction == "reverse" and student.spread is not None:
+        empty = (teacher.tail == float("-inf")) | (student.tail == float("-inf"))
+        dkd = dkd + (tail.exp() * student.spread).masked_fill(empty, 0.0)
     if whole == "kl":
         compared = tkd + unc * dkd
     else:
         p = _distribution(teacher.gold, teacher.nongold, teacher.entries, teacher.tail)
         q = _distribution(log_q_gold, log_q_nongold, entries, tail)
+        if student.spread is not None:
+            p, q = p[:, :-1], q[:, :-1]
         compared = _jensen_shannon(p, q, beta) if whole == "jsd" else 0.5 * (p.exp() - q.exp()).abs().sum(1)
+        if student.spread is not None:
+            compared = compared + student.spread
+            if student.slope is not None:
+                compared = compared - student.slope * (everything - everything.detach())
     return Divergences(tkd, dkd, compared, -log_q_gold)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stages.statistics import StatisticsOptions
-from stages.teacher import Teacher
+from stages.teacher import SKETCH_ENGINES, Teacher
 from storage.errors import UserError
 from storage.places import Place
 
@@ -61,6 +61,8 @@ def choose(
 
     Raises UserError for an engine that is not installed, cannot serve the teacher or give the statistics.
     """
+    if statistics.sketch_rank and (options.engine == "server" or options.server_url):
+        raise UserError(f"--sketch-rank: a server shows no hidden states; {SKETCH_ENGINES}")
     engine, reason = options.engine, "--engine"
     if engine == "auto":
         engine, reason = _automatic(options, there)
@@ -80,6 +82,8 @@ def choose(
     check_serves(options.teacher, revision=options.revision, trust_remote_code=options.trust_remote_code)
     check_engine_args(options.vllm_args, max_length)
     if options.vllm_route == "prompt-logprobs":
+        if statistics.sketch_rank:
+            raise UserError(f"--sketch-rank: --vllm-route prompt-logprobs shows no hidden states; {SKETCH_ENGINES}")
         refuse_beyond_logprobs(statistics, "--vllm-route prompt-logprobs")
         return Choice("vllm-prompt-logprobs", reason)
     return Choice("vllm", reason)

@@ -1,8 +1,9 @@
 """What a student is measured by, on held-out sequences of the cache: no teacher is needed for it.
 
 Per token and averaged over all, the easy and the hard ones: cross-entropy on gold, KL to the teacher, and how often the
-student's most probable token is the teacher's. From tail samples and the teacher's entropy the KL is estimated without
-bias. Without them the tail is compared as one lump: a lower bound, the looser the fewer tokens were kept.
+student's most probable token is the teacher's. From the teacher's entropy and samples, residual or the tail's, the
+KL is estimated without bias. Of a sketch alone it is the KL to the teacher as the sketch has it. Else the tail is
+compared as one lump: a lower bound, the looser the fewer tokens were kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 
 from stages.distillation_forward import Head
 from stages.divergence import BUCKET, TeacherRows, divergences, student_terms, teacher_terms
+from stages.sketch import Sketch
 from stages.statistics import rows_per_slice
 from stages.tail import Tail
 
@@ -28,27 +30,38 @@ def sums_by_sequence(
     *,
     sequences: int,
     vocabulary_size: int,
+    sketch: Sketch | None = None,
 ) -> torch.Tensor:
     """float64 `[sequences, 3, 1 + 4]` on the CPU: tokens and the sums of MEASURES over each group of GROUPS.
 
     hidden `[R, H]` and head as in `head_loss`, is_hard bool `[R]`, sequence_of int64 `[R]`. Sums and not means, so
-    that batches, and the copies a distributed loader pads with, can be put together exactly.
+    that batches, and the copies a distributed loader pads with, can be put together exactly. sketch: of the codes in
+    `rows`, where they were read.
     """
     parts = []
     size = rows_per_slice(vocabulary_size)
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        parts.append(_measures(head(hidden[part]), rows[part]))
+        parts.append(_measures(head(hidden[part]), rows[part], sketch))
     values = torch.cat(parts).to("cpu", torch.float64)
     hard = is_hard.cpu()
     grouped = torch.stack([values, values * ~hard[:, None], values * hard[:, None]], 1)
     return torch.zeros((sequences, *grouped.shape[1:]), dtype=torch.float64).index_add_(0, sequence_of.cpu(), grouped)
 
 
-def _measures(logits: torch.Tensor, rows: TeacherRows) -> torch.Tensor:
+def measured_tail(rows: TeacherRows, sketch: Sketch | None) -> Tail:
+    """What the held-out KL has for the teacher's tail."""
+    sketched = sketch is not None and rows.sketch_codes is not None
+    if sketched and rows.residual_samples is not None and rows.entropy is not None:
+        return Tail("sketch", sketch=sketch)
+    if rows.tail_samples is not None and rows.entropy is not None:
+        return Tail("sampled")
+    return Tail("sketch", sketch=sketch) if sketched else BUCKET
+
+
+def _measures(logits: torch.Tensor, rows: TeacherRows, sketch: Sketch | None) -> torch.Tensor:
     """`[R, 1 + 4]`: a one, and each of MEASURES."""
-    unbiased = rows.tail_samples is not None and rows.entropy is not None
-    tail = Tail("sampled") if unbiased else BUCKET
+    tail = measured_tail(rows, sketch)
     terms = divergences(student_terms(logits, rows, tail), teacher_terms(rows, tail.mode))
     agrees = logits.argmax(1) == rows.top_ids[:, 0]
     columns = [torch.ones_like(terms.ce), terms.ce, terms.whole, agrees, -rows.gold_logprob]

@@ -6,7 +6,8 @@ are computed, reduced to those numbers, and the objective's small gradient is ex
 
     d loss / d z_v  =  d loss / d tail * softmax_tail(v) + d loss / d expected * shape(v)   for v in the tail,
 
-and the kept ids' own entries elsewhere. It is multiplied back into hidden states and head weights before the slice is
+(a sketch that is compared in another way than forward KL has `spread` and its slope in the place of the latter) and the
+kept ids' own entries elsewhere. It is multiplied back into hidden states and head weights before the slice is
 dropped, so the gradients are ready when the forward pass ends and `backward` only scales them. One `exp` per logit and
 three matrix products are all there is, as in plain cross-entropy.
 """
@@ -20,7 +21,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.divergence import BUCKET, StudentTerms, TeacherRows, kept_ids, sample_weights, sampled_shape
+from stages.divergence import (
+    BUCKET,
+    StudentTerms,
+    TeacherRows,
+    kept_ids,
+    residual_weights,
+    sample_weights,
+    sampled_shape,
+    sketch_codes,
+    sketch_shape,
+)
 from stages.tail import Tail
 
 # Loss of the rows of a slice, as a sum: (terms of the slice, which rows they are) -> scalar.
@@ -137,8 +148,8 @@ class _Reduced:
     terms: StudentTerms
     weights: torch.Tensor  # [C, V], the softmax within the tail up to a factor per row; zero on the kept set
     factor: torch.Tensor  # [C, 1], that factor
-    shape: torch.Tensor | None  # [C, V], the tail mode's shape where it is dense
-    samples: tuple[torch.Tensor, torch.Tensor] | None  # ids [C, M] and their shares of the tail
+    shape: torch.Tensor | None  # [C, V], the derivative of `expected` or `spread` by the logits where it is dense
+    samples: tuple[torch.Tensor, torch.Tensor] | None  # ids [C, M] and their shares of the tail, in `expected` too
 
 
 def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False) -> _Reduced:
@@ -147,11 +158,26 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False
     entries = z.gather(1, ids).masked_fill(ids == gold, float("-inf"))
     z_gold = z.gather(1, gold).squeeze(1)
     terms = StudentTerms(z_gold, entries, z_gold)
-    samples = None
+    samples = shape = x = None
     if tail.mode == "sampled":
         samples = sample_weights(rows)
         terms.expected = (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
         terms.shape = sampled_shape(rows).to(z)
+    elif tail.mode == "sketch":
+        x = tail.sketch_logits(sketch_codes(rows), ids, gold, z.shape[1])
+        if tail.compared == "forward":
+            w = x.softmax(1)
+            terms.shape = sketch_shape(rows, tail, x, w).to(z)
+            shape, x = w.to(z), None
+            terms.expected = torch.linalg.vecdot(shape, z)
+            samples = residual_weights(rows, tail, z.shape[1])
+            if samples is not None:
+                terms.expected += (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
+        elif tail.compared == "reverse":
+            # log q - log w, up to the student's normaliser.
+            x = torch.sub(z, x.log_softmax(1).to(z))
+        else:
+            x = x.softmax(1).to(z)
     outside = z if own and tail.mode != "prior" else z.clone()
     outside.scatter_(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
     peak = outside.amax(1, keepdim=True)
@@ -161,12 +187,39 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False
     total = weights.sum(1, keepdim=True)
     factor = total.clamp(min=torch.finfo(z.dtype).tiny).reciprocal()
     terms.tail = (total.log() + peak).squeeze(1)
-    shape = None
     if tail.mode == "prior":
         shape = tail.prior_shape(weights)
         terms.expected = torch.linalg.vecdot(shape, z)
         terms.shape = torch.xlogy(shape, shape).sum(1)
+    elif x is not None and tail.compared == "reverse":
+        gap = x.sub_(total.clamp(min=torch.finfo(z.dtype).tiny).log() + peak)
+        terms.spread = torch.linalg.vecdot(weights, gap) * factor.squeeze(1)
+        shape = gap.sub_(terms.spread[:, None]).mul_(weights).mul_(factor)
+    elif x is not None:
+        shape = _spread_of_whole(terms, weights * factor, x, rows, tail)
     return _Reduced(terms, weights, factor, shape, samples)
+
+
+def _spread_of_whole(
+    terms: StudentTerms, q_tail: torch.Tensor, w: torch.Tensor, rows: TeacherRows, tail: Tail
+) -> torch.Tensor:
+    """Sets `spread` and `slope` of jsd or tvd, and gives the derivative of spread by the logits `[C, V]`.
+
+    q_tail, w: `[C, V]`, the student's tail and the sketch's, each summing to 1; overwritten.
+    """
+    everything = torch.logsumexp(torch.cat([terms.entries, terms.gold[:, None], terms.tail[:, None]], 1), 1)
+    q = q_tail.mul_((terms.tail - everything).exp()[:, None])
+    p = w.mul_(rows.tail_logmass.to(q).exp()[:, None])
+    if tail.compared == "tvd":
+        gap = p.sub_(q)
+        terms.spread = 0.5 * gap.abs().sum(1)
+        slopes = gap.sign_().mul_(q).mul_(-0.5)
+    else:
+        mixed = (tail.beta * p).add_(q, alpha=1.0 - tail.beta).clamp_(min=torch.finfo(q.dtype).tiny)
+        slopes = torch.xlogy(q, q / mixed).mul_(1.0 - tail.beta)
+        terms.spread = tail.beta * torch.xlogy(p, p / mixed).sum(1) + slopes.sum(1)
+    terms.slope = slopes.sum(1)
+    return slopes
 
 
 def _loss_and_gradient(
@@ -184,26 +237,25 @@ def _loss_and_gradient(
     reduced = _reduce(z, rows, tail, own=own or z is not logits)
     terms = reduced.terms
     leaves = [terms.gold, terms.entries, terms.tail]
-    if terms.expected is not None:
-        leaves.append(terms.expected)
+    leaves += [term for term in (terms.expected, terms.spread) if term is not None]
     with torch.enable_grad():
         for leaf in leaves:
             leaf.requires_grad_()
         loss = loss_of(terms, part)
         found = torch.autograd.grad(loss / temperature, leaves, allow_unused=True)
-    gold, entries, lump, *expected = (
+    gold, entries, lump, *shaped = (
         torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found, strict=True)
     )
     gradient = reduced.weights.mul_(lump[:, None] * reduced.factor)
     if reduced.shape is not None:
-        gradient.addcmul_(reduced.shape, expected[0][:, None])
+        gradient.addcmul_(reduced.shape, shaped[0][:, None])
     # Padding entries stand at gold, whose own gradient comes last; an id stands once in the top-N.
     ids = kept_ids(rows)
     gradient.scatter_(1, ids, entries.masked_fill(ids == rows.gold[:, None], 0.0))
     gradient.scatter_(1, rows.gold[:, None], gold[:, None])
     if reduced.samples is not None:
         ids, shares = reduced.samples
-        gradient.scatter_add_(1, ids, expected[0][:, None] * shares.to(gradient))
+        gradient.scatter_add_(1, ids, shaped[0][:, None] * shares.to(gradient))
     return loss.detach(), gradient
 
 

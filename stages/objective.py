@@ -27,7 +27,8 @@ import torch
 
 from stages.divergence import Direction, Divergences, StudentTerms, TeacherTerms, divergences
 from stages.ranking import RankScope
-from stages.tail import TailChoice
+from stages.sketch import Sketch
+from stages.tail import Compared, Tail, TailChoice
 
 ObjectiveName = Literal["atkd", "kl", "tkd", "dkd", "tkd+dkd", "jsd", "tvd", "ce"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
@@ -70,24 +71,42 @@ class Objective:
     def _lumps_tail(self) -> bool:
         return self.direction == "reverse" or self.name in ("jsd", "tvd")
 
-    def for_cache(self, *, has_samples: bool, has_prior: bool) -> Objective:
+    @property
+    def compared(self) -> Compared:
+        if self.name in ("jsd", "tvd"):
+            return self.name
+        return self.direction
+
+    def for_cache(
+        self, *, has_samples: bool, has_prior: bool, has_sketch: bool = False, has_residuals: bool = False
+    ) -> Objective:
         """The same with `auto` made the tail mode that trains best (docs/fidelity.md) among those that can be had.
 
-        has_samples, has_prior: whether the cache holds tail samples and the mean tail distribution.
+        has_samples, has_prior, has_sketch, has_residuals: whether the cache holds tail samples, the mean tail
+        distribution, a sketch, and residual samples of it.
         """
         if self.tail != "auto":
             return self
-        if self._lumps_tail or self.name == "ce":
+        if self.name == "ce":
             return replace(self, tail="bucket")
-        if has_samples and self.temperature == 1:
-            return replace(self, tail="sampled")
-        return replace(self, tail="prior" if has_prior else "bucket")
+        if not self._lumps_tail and self.temperature == 1:
+            if has_residuals:
+                return replace(self, tail="sketch")
+            if has_samples:
+                return replace(self, tail="sampled")
+        if has_sketch:
+            return replace(self, tail="sketch")
+        return replace(self, tail="prior" if has_prior and not self._lumps_tail else "bucket")
+
+    def sketch_tail(self, sketch: Sketch) -> Tail:
+        """The tail mode `sketch` for this objective."""
+        return Tail("sketch", sketch=sketch, compared=self.compared, beta=self.beta, temperature=self.temperature)
 
     def problem(self) -> str | None:
         """A sentence on options that do not go together, or None."""
-        if self._lumps_tail and self.tail not in ("auto", "bucket"):
+        if self._lumps_tail and self.tail not in ("auto", "bucket", "sketch"):
             what = "--direction reverse" if self.direction == "reverse" else f"--objective {self.name}"
-            return f"{what} compares the tail as one lump; it needs --tail bucket, not {self.tail}"
+            return f"{what} takes the tail as one lump or a sketch; it needs --tail bucket or sketch, not {self.tail}"
         if self.direction == "reverse" and self.name in ("jsd", "tvd", "ce"):
             return f"--direction reverse means nothing for --objective {self.name}; leave it out"
         if self.temperature != 1 and self.tail == "sampled":

@@ -19,9 +19,10 @@ from stages import caching
 from stages.caching import CacheOptions, PreparedCache
 from stages.corpus import CorpusReport
 from stages.corpus import Sequence as TokenSequence
+from stages.sketch_calibration import from_file
 from storage import schema
 from storage.cache import Cache
-from storage.manifest import CorpusIdentity, PlannedShard
+from storage.manifest import CorpusIdentity, PlannedShard, ScoringOptions
 from storage.plan import plan_shards
 
 # Bytes of a receipt, and of a number in a summed tail or a tail prior, as they were measured.
@@ -44,6 +45,8 @@ class ColumnPlan:
 @dataclass(frozen=True)
 class Probe:
     """What scoring and writing `sequences` sequences took. Seconds; bytes of the one shard they filled.
+
+    load_seconds: of the teacher, and of calibrating a sketch.
 
     tail_sum_bytes: of the file beside a shard; 0 where the engine gives none.
     """
@@ -151,16 +154,11 @@ def stored_bytes(column: schema.Column, vocabulary_size: int, top_n: int) -> flo
     return min(measured.get(column.name, width), width)
 
 
-def column_values(column: schema.Column, report: CorpusReport, top_n: int, tail_samples: int) -> int:
-    """How many values a column holds in the whole cache. Raises KeyError for a count that is not known here."""
+def column_values(column: schema.Column, report: CorpusReport, scoring: ScoringOptions) -> int:
+    """How many values a column holds in the whole cache; of adaptive N's entries, at most."""
     stored = report.trained_positions
-    return {
-        "row": report.sequences,
-        "L": report.tokens,
-        "L-1": report.scored_positions,
-        "E": stored * top_n,
-        "P*M": stored * tail_samples,
-    }[column.per]
+    counts = {"row": report.sequences, "L": report.tokens, "L-1": report.scored_positions, "E": stored * scoring.top_n}
+    return counts[column.per] if column.per in counts else stored * scoring.per_stored_position[column.name]
 
 
 def plan(
@@ -181,9 +179,21 @@ def plan(
     if probe is None:
         files = caching.read_teacher(options)
         corpus, vocabulary, max_length = caching.read_corpus(options, files), files.vocabulary_size, files.max_length
-        entropy, shards = (
-            options.engine.vllm_route != "prompt-logprobs",
-            plan_shards(corpus.lengths, options.shard_tokens),
+        shards = plan_shards(corpus.lengths, options.shard_tokens)
+        if files.sketch is not None:
+            statistics = replace(options, sketch_rank=files.sketch.rank).statistics()
+        scoring = ScoringOptions(
+            engine=options.engine.engine,
+            dtype=options.dtype,
+            top_n=statistics.top_n,
+            logprob_bits=options.logprob_bits,
+            temperatures=statistics.temperatures,
+            tail_samples=statistics.tail_samples,
+            entropy=options.engine.vllm_route != "prompt-logprobs",
+            sketch=files.sketch,
+            max_length=max_length,
+            tail_epsilon=statistics.tail_epsilon,
+            min_n=statistics.min_n,
         )
     else:
         with tempfile.TemporaryDirectory(prefix="teacher-logit-cache-") as folder:
@@ -191,22 +201,22 @@ def plan(
             measured = _probe(prepared, probe)
         manifest = prepared.manifest
         corpus, vocabulary, max_length = prepared.corpus, manifest.vocabulary_size, manifest.scoring.max_length
-        entropy, shards = manifest.scoring.entropy, manifest.shards
-    report, top_n, samples = corpus.report, statistics.top_n, statistics.tail_samples
+        scoring, shards = manifest.scoring, manifest.shards
+    report, top_n, samples = corpus.report, scoring.top_n, scoring.tail_samples
     columns = tuple(
         ColumnPlan(
             column.name,
-            values := column_values(column, report, top_n, samples),
+            values := column_values(column, report, scoring),
             values * stored_bytes(column, vocabulary, top_n),
         )
-        for column in schema.columns(options.logprob_bits, statistics.temperatures, samples, entropy)
+        for column in scoring.columns
     )
     return Plan(report, vocabulary, top_n, samples, max_length, len(shards), columns, student_epochs, measured)
 
 
 def _probe(prepared: PreparedCache, count: int) -> Probe:
     """Score a random sample of the corpus and write it as a shard."""
-    corpus, manifest = prepared.corpus, prepared.manifest
+    corpus = prepared.corpus
     random = np.random.default_rng([prepared.options.seed, 0x940BE])
     drawn = np.sort(random.permutation(len(corpus))[:count])
     # A shard's sequences count from its first one.
@@ -216,9 +226,23 @@ def _probe(prepared: PreparedCache, count: int) -> Probe:
     ]
     tokens = sum(len(sequence.input_ids) for sequence in sequences)
     started = time.monotonic()
-    teacher = caching.load_teacher(prepared)
-    load_seconds = time.monotonic() - started
+    caching.calibrate(prepared, lambda tokens: None)
+    teacher = prepared.teacher = prepared.teacher or caching.load_teacher(prepared)
     try:
+        manifest = prepared.manifest
+        alone = manifest.model_copy(
+            update={
+                "corpus": CorpusIdentity(
+                    fingerprint=manifest.corpus.fingerprint, sequences=len(sequences), tokens=tokens
+                ),
+                "shards": (PlannedShard(first=0, sequences=len(sequences), tokens=tokens),),
+            }
+        )
+        cache = Cache.create_or_resume(prepared.options.output, alone)
+        if prepared.sketch is not None:
+            caching.keep_sketch(cache, prepared.sketch)
+            teacher.use_sketch(from_file(cache.sketch()))
+        load_seconds = time.monotonic() - started
         # The first batches also start what is started lazily.
         teacher.score(sequences[:_WARM_UP], lambda tokens: None)
         started = time.monotonic()
@@ -226,16 +250,8 @@ def _probe(prepared: PreparedCache, count: int) -> Probe:
         score_seconds = time.monotonic() - started
     finally:
         teacher.close()
-    alone = manifest.model_copy(
-        update={
-            "corpus": CorpusIdentity(fingerprint=manifest.corpus.fingerprint, sequences=len(sequences), tokens=tokens),
-            "shards": (PlannedShard(first=0, sequences=len(sequences), tokens=tokens),),
-        }
-    )
     started = time.monotonic()
-    cache = Cache.create_or_resume(prepared.options.output, alone)
-    rows = caching.rows_from_scored(scored.sequences, manifest.scoring)
-    receipt = cache.write_shard(0, rows, scored.tail_prior_sum, score_seconds)
+    caching.write_scored(cache, 0, scored, score_seconds)
     write_seconds = time.monotonic() - started
     tail_sum = cache.tail_sum_path(0)
     return Probe(
@@ -245,6 +261,6 @@ def _probe(prepared: PreparedCache, count: int) -> Probe:
         load_seconds,
         max(score_seconds, 1e-9),
         write_seconds,
-        receipt.bytes,
+        cache.receipt(0).bytes,
         tail_sum.stat().st_size if tail_sum.exists() else 0,
     )

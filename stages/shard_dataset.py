@@ -40,13 +40,16 @@ COLUMNS = (
     "top_logprobs",
 )
 
+# Columns that stored positions alone have.
+_OF_STORED = ("top_ids", "top_logprobs", "tail_samples", "sketch_codes", "residual_samples", "residual_mass")
+
 
 @dataclass(frozen=True)
 class StoredSequence:
     """One row of a shard: L ids, P stored positions (those with a loss), E entries.
 
     positions: int64 `[P]`, index of each stored position in the sequence; the rest `[P]`, entries `[E]`, samples
-    `[P * M]` where they were read. source: which cache of the run it comes from.
+    `[P * M]` and codes `[P * r]` where they were read. source: which cache of the run it comes from.
     """
 
     input_ids: np.ndarray
@@ -60,6 +63,9 @@ class StoredSequence:
     tail_samples: np.ndarray | None = None
     tail_logmass_at: np.ndarray | None = None
     entropy: np.ndarray | None = None
+    sketch_codes: np.ndarray | None = None
+    residual_samples: np.ndarray | None = None
+    residual_mass: np.ndarray | None = None
     source: int = 0
 
 
@@ -81,7 +87,7 @@ class DecodedShard:
             # A sequence has one id more than positions; position t predicts the id at t + 1.
             "gold": Ragged(ids.values[stored + row_of + 1], before),
             **{name: picked(name) for name in ("gold_logprob", "tail_logmass", "top_count")},
-            **{name: rows[name] for name in ("top_ids", "top_logprobs", "tail_samples") if name in rows.lists},
+            **{name: rows[name] for name in _OF_STORED if name in rows.lists},
         }
         if at := next((name for name in rows.lists if column_temperature(name) is not None), None):
             self._lists["tail_logmass_at"] = picked(at)
@@ -95,9 +101,9 @@ class DecodedShard:
 class ShardDataset(Dataset):
     """The sequences `sequence_ids` (int64, ascending) of a cache, by random access.
 
-    extra: optional columns to read too: `tail_samples`, `entropy`, one `tail_logmass_T...`. source: the cache's number
-    in the run. Every shard's values are checked when it is first decoded; raises CacheError for one that is not what
-    it says.
+    extra: optional columns to read too: `tail_samples`, `entropy`, one `tail_logmass_T...`, those of a sketch. source:
+    the cache's number in the run. Every shard's values are checked when it is first decoded; raises CacheError for one
+    that is not what it says.
     """
 
     def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, extra: Sequence[str] = (), source: int = 0) -> None:
@@ -220,6 +226,10 @@ class Collator:
             batch["tail_samples"] = samples.reshape(len(gold_logprob), -1)
             # Like the entries: what the student has no id for is not drawn.
             batch["tail_samples"][batch["tail_samples"] >= self.vocabulary_size] = -1
+        for name in ("sketch_codes", "residual_samples", "residual_mass"):
+            if getattr(sequences[0], name) is not None:
+                values = np.concatenate([getattr(s, name) for s in sequences])
+                batch[name] = values if name == "residual_mass" else values.reshape(len(gold_logprob), -1)
         if all(s.entropy is not None for s in sequences):
             batch["entropy"] = np.concatenate([s.entropy for s in sequences if s.entropy is not None])
         return batch
@@ -270,7 +280,7 @@ def _padded_entries(sequences: Sequence[StoredSequence]) -> tuple[np.ndarray, np
 
 def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
     """A batch's rows in the dtypes of the arithmetic; widened here, on the device, and not on the way to it."""
-    samples = batch.get("tail_samples")
+    samples, residual = batch.get("tail_samples"), batch.get("residual_samples")
     return TeacherRows(
         batch["gold"].long(),
         batch["gold_logprob"],
@@ -279,6 +289,9 @@ def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
         batch["top_logprobs"].float(),
         None if samples is None else samples.long(),
         batch.get("entropy"),
+        batch.get("sketch_codes"),
+        None if residual is None else residual.long(),
+        batch.get("residual_mass"),
     )
 
 

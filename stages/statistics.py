@@ -22,8 +22,6 @@ import torch
 _FLOOR = -1.0e4
 # Ids per group of the top-k's tournament.
 _GROUP = 8
-# Ids per block of the two-level search that draws tail samples.
-_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,21 @@ class StatisticsOptions:
     top_n: how many of the most probable ids, 1..V.
     temperatures: for each T, `log sum_{j not in K} p_j^(1/T)` is computed as well (T = 1 is always there).
     tail_samples: M ids drawn from the tail in proportion to p, one from each M-th of its mass; 0 for none.
-    seed: of the tail samples.
+    seed: of both kinds of samples.
+    tail_epsilon: above 0, a position keeps only the shortest prefix of its top-N that leaves less than this mass in the
+        tail, and at least min_n ids. What leaves the prefix is tail in every respect.
+    sketch_rank: codes per position of a sketch (stages.sketch); 0 for none.
+    residual_samples: ids drawn in proportion to |p - w|, w the tail as that sketch has it; 0 for none.
     """
 
     top_n: int
     temperatures: tuple[float, ...] = ()
     tail_samples: int = 0
     seed: int = 0
+    tail_epsilon: float = 0.0
+    min_n: int = 1
+    sketch_rank: int = 0
+    residual_samples: int = 0
 
 
 @dataclass
@@ -49,10 +55,17 @@ class RowStatistics:
     gold_logprob: torch.Tensor  # float32 [C]
     tail_logmass: torch.Tensor  # float32 [C], -inf where the tail is empty
     entropy: torch.Tensor  # float32 [C]
-    top_ids: torch.Tensor  # int64 [C, N], by descending log-probability
-    top_logprobs: torch.Tensor  # float32 [C, N]
+    top_ids: torch.Tensor  # int64 [C, N], by descending log-probability; -1 beyond the prefix that is kept
+    top_logprobs: torch.Tensor  # float32 [C, N], -inf there
     tail_logmass_at: torch.Tensor  # float32 [C, len(temperatures)]
     tail_samples: torch.Tensor  # int64 [C, M]; -1 where the tail is empty
+    # With the tail p and its reconstruction w, both summing to 1: ids drawn in proportion to |p - w|, `id` where
+    # p > w and `-(id + 1)` where p < w, int64 [C, M]; and R = sum |p - w|, 0..2, float32 [C]. All 0 where the tail is
+    # empty. w + R/M sum sign delta_id has the expectation p.
+    residual_samples: torch.Tensor
+    residual_mass: torch.Tensor
+    # KL from p to the distribution that has w in the place of p's tail, nats; 0 without a sketch.
+    sketch_kl: torch.Tensor  # float32 [C]
 
 
 def rows_per_slice(vocabulary_size: int, budget_bytes: int = 64 << 20) -> int:
@@ -70,9 +83,18 @@ def sample_uniforms(input_ids: np.ndarray, options: StatisticsOptions) -> np.nda
     They depend on the seed and on the token ids alone, so a replay draws the same samples whatever the
     batch, the engine, the worker or the order.
     """
-    digest = hashlib.blake2b(np.ascontiguousarray(input_ids, dtype="<i4").tobytes(), digest_size=8).digest()
-    key = np.array([options.seed, int.from_bytes(digest, "little")], dtype=np.uint64)
-    samples = options.tail_samples
+    return _uniforms(input_ids, options.seed, options.tail_samples, b"")
+
+
+def residual_uniforms(input_ids: np.ndarray, options: StatisticsOptions) -> np.ndarray:
+    """The same for the residual samples, from another stream: the two kinds do not know of each other."""
+    return _uniforms(input_ids, options.seed, options.residual_samples, b"residual")
+
+
+def _uniforms(input_ids: np.ndarray, seed: int, samples: int, stream: bytes) -> np.ndarray:
+    ids = np.ascontiguousarray(input_ids, dtype="<i4").tobytes()
+    digest = hashlib.blake2b(ids, digest_size=8, person=stream).digest()
+    key = np.array([seed, int.from_bytes(digest, "little")], dtype=np.uint64)
     uniforms = np.random.Generator(np.random.Philox(key=key)).random((len(input_ids) - 1, samples))
     # The last stratum's largest numbers would round up to 1.
     return np.minimum((np.arange(samples) + uniforms) / max(1, samples), np.nextafter(1.0, 0.0))
@@ -87,6 +109,8 @@ def row_statistics(
     uniforms: torch.Tensor | None = None,
     prior_sum: torch.Tensor | None = None,
     prior_rows: torch.Tensor | None = None,
+    sketch_logits: torch.Tensor | None = None,
+    residual_uniforms: torch.Tensor | None = None,
 ) -> RowStatistics:
     """Statistics of each row of `logits`.
 
@@ -95,6 +119,8 @@ def row_statistics(
     uniforms: float64 `[C, M]` in [0, 1), needed when `options.tail_samples` is set.
     prior_sum: float `[V]`, to which the tail distribution of the rows in `prior_rows` (bool `[C]`, all
         when None) is added: `sum_t p_t(j) [j not in K_t]`.
+    sketch_logits: float `[C, V]`, what the codes of these rows give back; overwritten.
+    residual_uniforms: float64 `[C, M]` in [0, 1), needed when `options.residual_samples` is set.
     """
     x = logits.float()
     top, top_ids = top_k(x, options.top_n)
@@ -108,10 +134,21 @@ def row_statistics(
     top_is_gold = top_ids == gold_column
     top_p = p.gather(1, top_ids)
     log_z = -top_p[:, :1].log()
-    outside_p = p.gather(1, gold_column).masked_fill_(top_is_gold.any(1, keepdim=True), 0.0)
+    gold_p = p.gather(1, gold_column)
     tail_p = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
     tail = tail_p.sum(1)
-    nongold = tail + top_p.masked_fill(top_is_gold, 0.0).sum(1)
+    others_p = top_p.masked_fill(top_is_gold, 0.0)
+    nongold = tail + others_p.sum(1)
+    dropped = None
+    if options.tail_epsilon:
+        dropped = beyond_prefix(others_p, tail, options.tail_epsilon, options.min_n)
+        # Back to the tail, gold excepted.
+        others_p.masked_fill_(~dropped, 0.0)
+        tail_p.scatter_add_(1, top_ids, others_p)
+        tail = tail + others_p.sum(1)
+        top_p = top_p.masked_fill(dropped, 0.0)
+    kept_gold = top_is_gold if dropped is None else top_is_gold & ~dropped
+    outside_p = gold_p.masked_fill_(kept_gold.any(1, keepdim=True), 0.0)
     # + 0.0 turns the -0.0 of a certain gold into 0.0.
     gold_logprob = -torch.nn.functional.softplus(nongold.log() - (gold_x - log_z).squeeze(1)) + 0.0
     top_logprobs = top_x - log_z
@@ -125,13 +162,27 @@ def row_statistics(
 
     rows = p.new_ones(len(p)) if prior_rows is None else prior_rows.to(p)
     tail_sum = None if prior_sum is None else rows @ tail_p
-    at = [_tail_logmass_at(x, t, top_ids, gold_column) - log_z.squeeze(1) / t for t in options.temperatures]
+    at = [_tail_logmass_at(x, t, top_ids, gold_column, dropped) - log_z.squeeze(1) / t for t in options.temperatures]
     if options.tail_samples:
         if uniforms is None:
             raise ValueError("tail samples need uniforms")
-        samples = _draw(tail_p, uniforms.to(tail_p.device))
+        samples = _draw(tail_p, uniforms.to(tail_p.device))[0]
     else:
         samples = top_ids.new_empty((len(gold), 0))
+    residual_samples, residual_mass = top_ids.new_zeros((len(gold), options.residual_samples)), x.new_zeros(len(gold))
+    tail_sketch = sketch_lse = None
+    if sketch_logits is not None:
+        tail_sketch = torch.linalg.vecdot(tail_p, sketch_logits)
+        kept_sketch = x.new_full(top_ids.shape, float("-inf"))
+        if dropped is not None:
+            kept_sketch = torch.where(dropped, sketch_logits.gather(1, top_ids), kept_sketch)
+        sketch_logits.scatter_(1, top_ids, kept_sketch).scatter_(1, gold_column, float("-inf"))
+        if options.residual_samples and residual_uniforms is None:
+            raise ValueError("residual samples need uniforms")
+        sketch_lse = sketch_logits.logsumexp(1)
+        residual_samples, residual_mass = _residual(tail_p, tail, sketch_logits, residual_uniforms)
+    elif options.residual_samples:
+        raise ValueError("residual samples need the logits of a sketch")
 
     # -sum p log p = log Z - sum p (z - z_max). The tail's part takes the place of its probabilities.
     products = tail_p.mul_(x)
@@ -139,6 +190,13 @@ def row_statistics(
     if tail_x.isnan().any():
         tail_x = products.nan_to_num_(nan=0.0).sum(1)
     mean_x = (top_p * top_x).sum(1) + (outside_p * gold_x).squeeze(1) + tail_x - peak.squeeze(1) * tail
+    sketch_kl = torch.zeros_like(tail)
+    if tail_sketch is not None and sketch_lse is not None:
+        # sum p (log p - log tail) - sum p log w over the tail.
+        own = tail_x - (log_z + peak).squeeze(1) * tail - torch.xlogy(tail, tail)
+        sketch_kl = (own - tail_sketch + sketch_lse * tail).clamp_(min=0.0).masked_fill_(tail == 0, 0.0)
+    if dropped is not None:
+        top_ids, top_logprobs = top_ids.masked_fill(dropped, -1), top_logprobs.masked_fill(dropped, float("-inf"))
     # After everything that may run out of memory, so that a caller can try again with fewer rows.
     if prior_sum is not None and tail_sum is not None:
         prior_sum += tail_sum
@@ -150,7 +208,21 @@ def row_statistics(
         top_logprobs=top_logprobs,
         tail_logmass_at=torch.stack(at, 1) if at else x.new_empty((len(gold), 0)),
         tail_samples=samples,
+        residual_samples=residual_samples,
+        residual_mass=residual_mass,
+        sketch_kl=sketch_kl,
     )
+
+
+def beyond_prefix(others_p: torch.Tensor, tail: torch.Tensor, epsilon: float, min_n: int) -> torch.Tensor:
+    """bool `[C, N]`: entries behind the shortest prefix, of `min_n` at least, that leaves less than `epsilon`.
+
+    others_p: `[C, N]`, the top-N's probabilities in descending order, 0 at gold, which is kept wherever it stands.
+    tail: `[C]`, the mass outside top-N and gold.
+    """
+    # What a prefix that ends before entry i leaves, added up from the small end.
+    left = others_p.flip(1).cumsum(1).flip(1) + tail[:, None]
+    return (left < epsilon) & (torch.arange(left.shape[1], device=left.device) >= min_n)
 
 
 def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,35 +244,70 @@ def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tenso
 
 
 def _tail_logmass_at(
-    x: torch.Tensor, temperature: float, top_ids: torch.Tensor, gold_column: torch.Tensor
+    x: torch.Tensor,
+    temperature: float,
+    top_ids: torch.Tensor,
+    gold_column: torch.Tensor,
+    dropped: torch.Tensor | None,
 ) -> torch.Tensor:
-    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`."""
+    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`. dropped: as `beyond_prefix`."""
     p = (x / temperature).softmax(1)
-    peak_p = p.gather(1, top_ids[:, :1]).squeeze(1)
+    top_p = p.gather(1, top_ids)
     tail = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0).sum(1)
-    return tail.log() - peak_p.log()
+    if dropped is not None:
+        tail = tail + top_p.masked_fill(~dropped | (top_ids == gold_column), 0.0).sum(1)
+    return tail.log() - top_p[:, 0].log()
 
 
-def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Ids `[C, M]` with probability proportional to `weights [C, V]`, by inverting the cumulative sum.
+def _residual(
+    tail_p: torch.Tensor, tail: torch.Tensor, sketch: torch.Tensor, uniforms: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signed ids `[C, M]` and their mass `[C]`, see RowStatistics.
+
+    tail_p: `[C, V]`, p outside the kept set, and tail `[C]`, its sum; sketch: `[C, V]`, logits, -inf in the kept set.
+    """
+    w = sketch.softmax(1)
+    # On the tail's own scale: a light one needs no division that might overflow.
+    residual = torch.addcmul(tail_p, w, tail[:, None], value=-1.0, out=w)
+    empty = tail == 0
+    if empty.any():
+        residual.masked_fill_(empty[:, None], 0.0)
+    if uniforms is None:
+        ids, mass = torch.empty((len(tail), 0), dtype=torch.int64, device=tail.device), residual.abs().sum(1)
+    else:
+        ids, mass = _draw(residual, uniforms.to(residual.device), signed=True)
+        nothing = ids < 0
+        ids = ids.masked_fill_(nothing, 0)
+        ids = torch.where((residual.gather(1, ids) < 0) & ~nothing, -1 - ids, ids)
+    return ids, (mass / tail).masked_fill_(empty, 0.0).to(tail)
+
+
+def _draw(weights: torch.Tensor, uniforms: torch.Tensor, *, signed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `[C, M]` with probability proportional to |weights|, `[C, V]`, by inverting the cumulative sum, and that
+    sum, float64 `[C]`. -1 where it is 0. signed: whether there are weights below 0.
 
     Two levels, blocks then ids, because a float32 cumulative sum over a whole vocabulary has lost the
     small entries by its end and a float64 one over `[C, V]` costs eight times the traffic.
     """
     rows, vocabulary = weights.shape
-    if vocabulary % _BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, -vocabulary % _BLOCK))
-    blocks = weights.view(rows, -1, _BLOCK)
-    # 256 float32 add up to six digits, and far faster than as float64.
-    block_sums = blocks.sum(2).double()
+    # Measured at M = 28: wider blocks cost more to look into, narrower ones leave more sums to search.
+    width = 64 if vocabulary < 1 << 16 else 128
+    if vocabulary % width:
+        weights = torch.nn.functional.pad(weights, (0, -vocabulary % width))
+    blocks = weights.view(rows, -1, width)
+    # So few float32 add up to six digits, and far faster than as float64.
+    block_sums = (torch.linalg.vector_norm(blocks, 1, dim=2) if signed else blocks.sum(2)).double()
     cumulative = block_sums.cumsum(1)
     total = cumulative[:, -1:]
     target = uniforms.to(torch.float64) * total
     block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
     before = (cumulative - block_sums).gather(1, block)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).double().cumsum(2)
+    # Whole blocks are copied by one index, several times faster than a gather of each id.
+    first = torch.arange(rows, device=block.device)[:, None] * blocks.shape[1]
+    drawn = blocks.reshape(-1, width).index_select(0, (block + first).flatten()).double()
+    inside = (drawn.abs_() if signed else drawn).cumsum(1).view(*block.shape, width)
     # The remainder is kept inside the block's own sum, and a draw never lands on an id of weight zero.
     remainder = torch.minimum((target - before).clamp_(min=0.0), inside[:, :, -1].nextafter(target.new_zeros(())))
     within = torch.searchsorted(inside, remainder[:, :, None], right=True).squeeze(2)
-    ids = block * _BLOCK + within.clamp_(max=_BLOCK - 1)
-    return torch.where(total > 0, ids, -1)
+    ids = block * width + within.clamp_(max=width - 1)
+    return torch.where(total > 0, ids, -1), total.squeeze(1)

@@ -21,6 +21,7 @@ from stages.objective import Objective
 from storage.cache import Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.files import remove_temporaries, write_json
+from storage.manifest import SketchIdentity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -151,9 +152,12 @@ def prepare(options: StudentOptions) -> Prepared:
     if options.lora_rank is not None and importlib.util.find_spec("peft") is None:
         raise UserError("--lora-rank needs peft: pip install 'teacher-logit-cache[lora]'")
     samples = {cache.manifest.scoring.tail_samples for cache in caches}
+    sketch = common_sketch(caches)
     objective = options.objective.for_cache(
         has_samples=len(samples) == 1 and 0 not in samples,
         has_prior=all(cache.has_tail_prior for cache in caches),
+        has_sketch=sketch is not None,
+        has_residuals=sketch is not None and sketch.residual_samples > 0,
     )
     options = replace(options, objective=objective)
     make_tail(objective, caches)
@@ -194,6 +198,8 @@ def extra_columns(objective: Objective, cache: Cache) -> list[str]:
     columns = []
     if objective.tail == "sampled":
         columns = ["tail_samples", *(["entropy"] if cache.manifest.scoring.entropy else [])]
+    elif objective.tail == "sketch":
+        columns = sketch_columns(cache)
     if objective.temperature != 1:
         there = cache.manifest.scoring.temperatures
         if objective.temperature not in there:
@@ -206,9 +212,30 @@ def extra_columns(objective: Objective, cache: Cache) -> list[str]:
     return columns
 
 
+def sketch_columns(cache: Cache) -> list[str]:
+    """What the tail mode `sketch` reads of a cache that has one."""
+    scoring = cache.manifest.scoring
+    assert scoring.sketch is not None
+    residuals = ["residual_samples", "residual_mass"] if scoring.sketch.residual_samples else []
+    return ["sketch_codes", *residuals, *(["entropy"] if scoring.entropy else [])]
+
+
+def common_sketch(caches: Sequence[Cache]) -> SketchIdentity | None:
+    """The sketch of all caches, where they have the same one."""
+    first, *others = (cache.manifest.scoring.sketch for cache in caches)
+    same = first is not None and all(
+        other is not None and (other.sha256, other.residual_samples) == (first.sha256, first.residual_samples)
+        for other in others
+    )
+    return first if same else None
+
+
 def measured_columns(caches: Sequence[Cache]) -> list[str]:
-    """What the held-out KL takes to be unbiased, where all caches hold it alike."""
+    """What the held-out KL takes to be unbiased, or as near as can be, where all caches hold it alike."""
     scorings = [cache.manifest.scoring for cache in caches]
+    sketch = common_sketch(caches)
+    if sketch is not None and (sketch.residual_samples or not all(s.tail_samples for s in scorings)):
+        return sketch_columns(caches[0])
     alike = len({scoring.tail_samples for scoring in scorings}) == 1
     return ["tail_samples", "entropy"] if alike and all(s.tail_samples and s.entropy for s in scorings) else []
 
@@ -217,6 +244,7 @@ def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
     """The objective's tail mode with what the caches hold for it. Raises CacheError where one holds nothing."""
     import torch
 
+    from stages.sketch_calibration import from_file
     from stages.tail import Tail, log_prior
 
     assert objective.tail != "auto", "Objective.for_cache decides it"
@@ -232,6 +260,18 @@ def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
                     f"{cache.path}: holds {count} tail samples per position, {caches[0].path} holds {counts[0]}; "
                     "--tail sampled needs the same number in all"
                 )
+    if objective.tail == "sketch":
+        for cache in caches:
+            if cache.manifest.scoring.sketch is None:
+                raise CacheError(
+                    f"{cache.path}: --tail sketch needs a sketch; this cache was made without --sketch-rank"
+                )
+        if common_sketch(caches) is None:
+            raise CacheError(
+                f"{caches[1].path}: has another sketch than {caches[0].path}; --tail sketch needs the same one in all "
+                "(cache-teacher --sketch-from)"
+            )
+        return objective.sketch_tail(from_file(caches[0].sketch()))
     if objective.tail != "prior":
         return Tail(objective.tail)
     total, positions = np.zeros(caches[0].manifest.vocabulary_size), 0
@@ -400,6 +440,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
 
     from stages.mixing import Mixture
     from stages.shard_dataset import Collator, ShardDataset, corpus_threshold
+    from stages.sketch_calibration import from_file
     from stages.training import DistillationTrainer
 
     options, parts = prepared.options, prepared.parts
@@ -410,9 +451,11 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     if objective.rank_scope == "corpus":
         threshold = corpus_threshold([(part.cache, part.train_ids) for part in parts], objective.hard_ratio)
     eval_dataset: Mixture | None = None
-    eval_collator = None
+    eval_collator = eval_sketch = None
     if prepared.held_out:
         extra = measured_columns([part.cache for part in parts])
+        if "sketch_codes" in extra:
+            eval_sketch = from_file(parts[0].cache.sketch())
         eval_dataset = Mixture([ShardDataset(p.cache, p.eval_ids, extra=extra, source=i) for i, p in enumerate(parts)])
         # Easy and hard are split over the whole held-out share, so that no batch size changes a metric.
         eval_collator = Collator(
@@ -431,6 +474,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         eval_dataset=eval_dataset,
         data_collator=Collator(objective, vocabulary, threshold, packed=prepared.plan.batching == "packed"),
         eval_collator=eval_collator,
+        eval_sketch=eval_sketch,
         objective=objective,
         tail=make_tail(objective, [part.cache for part in parts]),
         plan=prepared.plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +14,16 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Summary:
-    """bytes_per_token counts the shards alone. Means are over stored positions, probabilities not logs."""
+    """bytes_per_token counts the shards alone. Means are over stored positions, probabilities not logs.
+
+    mean_sketch_kl: nats from the teacher to what top-N, gold, tail mass and codes give back; mean_residual_mass: of the
+    sum of |p - w| over the tail, 0..2. None without a sketch, or without residual samples.
+    """
 
     sequences: int
     tokens: int
     stored_positions: int
+    entries: int
     shards: int
     bytes: int
     mean_tail_mass: float
@@ -25,10 +31,16 @@ class Summary:
     unc_quantiles: tuple[float, ...]
     teacher_cross_entropy: float
     mean_entropy: float | None
+    mean_sketch_kl: float | None = None
+    mean_residual_mass: float | None = None
 
     @property
     def bytes_per_token(self) -> float:
         return self.bytes / self.tokens
+
+    @property
+    def mean_top_n(self) -> float:
+        return self.entries / max(1, self.stored_positions)
 
 
 def summarize(cache: Cache) -> Summary:
@@ -53,6 +65,7 @@ def summarize(cache: Cache) -> Summary:
         sequences=sum(receipt.rows for receipt in receipts),
         tokens=sum(receipt.tokens for receipt in receipts),
         stored_positions=len(gold_logprob),
+        entries=sum(receipt.entries for receipt in receipts),
         shards=len(receipts),
         bytes=sum(receipt.bytes for receipt in receipts),
         mean_tail_mass=sum(receipt.sum_tail_mass for receipt in receipts) / stored,
@@ -60,4 +73,12 @@ def summarize(cache: Cache) -> Summary:
         unc_quantiles=tuple(float(-np.expm1(value)) for value in logs),
         teacher_cross_entropy=float(-gold_logprob.mean(dtype=np.float64)) if len(gold_logprob) else 0.0,
         mean_entropy=entropy / stored if has_entropy else None,
+        mean_sketch_kl=_mean([receipt.sum_sketch_kl for receipt in receipts], stored),
+        mean_residual_mass=_mean([receipt.sum_residual_mass for receipt in receipts], stored),
     )
+
+
+def _mean(sums: Sequence[float | None], stored: int) -> float | None:
+    """None where some shard does not say."""
+    known = [value for value in sums if value is not None]
+    return sum(known) / stored if len(known) == len(sums) else None

@@ -9,11 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stages.corpus import Sequence as TokenSequence
 from storage.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from stages.sketch import Sketch
+
+SKETCH_ENGINES = "choose --engine transformers, or vllm with its pooling route"
 
 
 @dataclass
@@ -28,10 +34,15 @@ class ScoredSequence:
     gold_logprob: np.ndarray  # float32 [L-1]
     tail_logmass: np.ndarray  # float32 [L-1]
     entropy: np.ndarray  # float32 [L-1]
-    top_ids: np.ndarray  # int32 [P, N], by descending log-probability
-    top_logprobs: np.ndarray  # float32 [P, N]
+    top_ids: np.ndarray  # int32 [P, N], by descending log-probability; -1 where a position keeps fewer
+    top_logprobs: np.ndarray  # float32 [P, N], -inf there
     tail_logmass_at: np.ndarray  # float32 [L-1, len(temperatures)]
     tail_samples: np.ndarray  # int32 [P, M]
+    # With a sketch (stages.sketch); the KL is that from the teacher to what the codes give back, in nats.
+    sketch_codes: np.ndarray | None = None  # int8 [P, r]
+    residual_samples: np.ndarray | None = None  # int32 [P, M]
+    residual_mass: np.ndarray | None = None  # float32 [P]
+    sketch_kl: np.ndarray | None = None  # float32 [P]
 
 
 @dataclass
@@ -66,6 +77,18 @@ class Teacher(ABC):
         Deterministic: the same sequences in the same order give the same numbers on the same machine.
         Raises RunError (out of memory, non-finite logits, a dead engine).
         """
+
+    def calibrate(self, sequences: Sequence[TokenSequence], rank: int, progress: Callable[[int], None]) -> Sketch:
+        """A sketch of this rank of the hidden states at the positions of `sequences` with a loss.
+
+        `progress` as in `score`; deterministic as `score` is. Raises RunError as `score` does, and UserError for an
+        engine that does not see hidden states or a teacher whose head no sketch can follow.
+        """
+        raise UserError(f"--sketch-rank: the engine {self.description.name} shows no hidden states; {SKETCH_ENGINES}")
+
+    def use_sketch(self, sketch: Sketch) -> None:
+        """Code every position that is scored from now on with this sketch. Raises as `calibrate` does."""
+        raise UserError(f"--sketch-rank: the engine {self.description.name} shows no hidden states; {SKETCH_ENGINES}")
 
     def close(self) -> None:  # noqa: B027 - most teachers hold nothing to give back
         """Free the accelerator and end any process of the engine."""

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -293,7 +293,7 @@ class ServerTeacher(Teacher):
         ids, top = np.take_along_axis(ids, order, 1), np.take_along_axis(top, order, 1)
         for values in (top, gold):
             values[values <= _JSON_MINUS_INFINITY] = -1e4
-        return scored_from_logprobs(sequence, ids, top, gold, self.vocabulary_size)
+        return scored_from_logprobs(sequence, ids, top, gold, self.options, self.vocabulary_size)
 
     def close(self) -> None:
         self._http.close()
@@ -306,16 +306,19 @@ def _unpack(body: bytes) -> PackedStatistics:
 
 
 def _without_seed(options: StatisticsOptions) -> StatisticsOptions:
-    return StatisticsOptions(options.top_n, options.temperatures, options.tail_samples)
+    return replace(options, seed=0)
 
 
 def _comparable(options: StatisticsOptions) -> tuple[object, ...]:
     temperatures = tuple(np.float32(t) for t in options.temperatures)
-    return options.top_n, temperatures, options.tail_samples, options.seed
+    adaptive = np.float32(options.tail_epsilon), options.min_n if options.tail_epsilon else 1
+    return options.top_n, temperatures, options.tail_samples, options.seed, *adaptive
 
 
 def _in_words(options: StatisticsOptions) -> str:
     words = f"top {options.top_n}, temperatures {list(options.temperatures)}, {options.tail_samples} tail samples"
+    if options.tail_epsilon:
+        words += f", tails below {options.tail_epsilon:g} (at least {options.min_n})"
     return words + (f" (seed {options.seed})" if options.tail_samples else "")
 
 

@@ -14,9 +14,21 @@ import torch
 from stages.causal_lm import BodyAndHead
 from stages.corpus import Sequence as TokenSequence
 from stages.pretrained import load_causal_lm
-from stages.statistics import RowStatistics, StatisticsOptions, row_statistics, rows_per_slice, sample_uniforms
+from stages.sketch import HiddenMoments, Sketch
+from stages.sketch_calibration import calibrate_head, soft_cap_of
+from stages.statistics import (
+    RowStatistics,
+    StatisticsOptions,
+    residual_uniforms,
+    row_statistics,
+    rows_per_slice,
+    sample_uniforms,
+)
 from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher
 from storage.errors import RunError
+
+# What every scored position has; the rest is of those with a loss.
+_EVERYWHERE = ("gold_logprob", "tail_logmass", "entropy", "tail_logmass_at")
 
 
 def default_device() -> torch.device:
@@ -55,6 +67,7 @@ class TransformersTeacher(Teacher):
         self._parts = BodyAndHead(self._model, fp32_head=True)
         self.vocabulary_size = self._model.get_output_embeddings().weight.shape[0]
         self._parts.check(self._model, self.vocabulary_size)
+        self._sketch: Sketch | None = None
         import transformers
 
         self.description = EngineDescription(
@@ -75,41 +88,74 @@ class TransformersTeacher(Teacher):
                     results[index] = scored
                 progress(sum(len(sequences[i].input_ids) for i in batch))
         except torch.OutOfMemoryError:
-            raise RunError(
-                f"out of memory on {self.device} with {self.batch_tokens} tokens a batch; lower --batch-tokens "
-                "and start the same command again"
-            ) from None
+            raise self._out_of_memory() from None
         finished = [scored for scored in results if scored is not None]
         return Scored(finished, prior_sum.cpu().numpy(), sum(len(s.top_ids) for s in finished))
 
+    @torch.inference_mode()
+    def calibrate(self, sequences: Sequence[TokenSequence], rank: int, progress: Callable[[int], None]) -> Sketch:
+        moments: HiddenMoments | None = None
+        try:
+            for batch in batches_by_tokens([len(s.input_ids) for s in sequences], self.batch_tokens):
+                chosen = [sequences[i] for i in batch]
+                input_ids, rows = _padded(chosen)
+                hidden = self._parts.body(torch.from_numpy(input_ids).to(self.device)).flatten(0, 1)
+                stored = rows[np.concatenate([s.loss_mask for s in chosen])]
+                moments = moments or HiddenMoments(hidden.shape[1], self.device)
+                moments.add(hidden[torch.from_numpy(stored).to(self.device)])
+                progress(sum(len(s.input_ids) for s in chosen))
+            assert moments is not None
+            sketch = calibrate_head(
+                moments,
+                self._parts.head,
+                self.vocabulary_size,
+                rank,
+                hidden[:0],
+                soft_cap=soft_cap_of(self._model.config),
+            )
+        except torch.OutOfMemoryError:
+            raise self._out_of_memory() from None
+        assert sketch is not None
+        return sketch
+
+    def use_sketch(self, sketch: Sketch) -> None:
+        self._sketch = sketch.to(self.device)
+
+    def _out_of_memory(self) -> RunError:
+        return RunError(
+            f"out of memory on {self.device} with {self.batch_tokens} tokens a batch; lower --batch-tokens "
+            "and start the same command again"
+        )
+
     def _score_batch(self, batch: list[TokenSequence], prior_sum: torch.Tensor) -> list[ScoredSequence]:
-        lengths = [len(s.input_ids) for s in batch]
-        width = max(lengths)
-        input_ids = np.zeros((len(batch), width), np.int64)
-        for row, sequence in enumerate(batch):
-            input_ids[row, : lengths[row]] = sequence.input_ids
-        # The last id of a sequence predicts nothing inside it: L ids, L-1 scored positions.
-        rows = np.concatenate([np.arange(n - 1) + row * width for row, n in enumerate(lengths)])
+        input_ids, rows = _padded(batch)
         gold = np.concatenate([s.input_ids[1:] for s in batch]).astype(np.int64)
         mask = np.concatenate([s.loss_mask for s in batch])
         uniforms = None
         if self.options.tail_samples:
             uniforms = np.concatenate([sample_uniforms(s.input_ids, self.options) for s in batch])
+        residuals = None
+        if self.options.residual_samples:
+            residuals = np.concatenate([residual_uniforms(s.input_ids, self.options) for s in batch])
 
         hidden = self._parts.body(torch.from_numpy(input_ids).to(self.device)).flatten(0, 1)
         size = rows_per_slice(self.vocabulary_size)
         parts: list[dict[str, np.ndarray]] = []
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
+            states = hidden[torch.from_numpy(rows[part]).to(self.device)]
+            codes = None if self._sketch is None else self._sketch.encode(states)
             statistics = row_statistics(
-                self._parts.head(hidden[torch.from_numpy(rows[part]).to(self.device)]),
+                self._parts.head(states),
                 torch.from_numpy(gold[part]).to(self.device),
                 self.options,
                 uniforms=None if uniforms is None else torch.from_numpy(uniforms[part]),
                 prior_sum=prior_sum,
                 prior_rows=torch.from_numpy(mask[part]).to(self.device),
+                sketch_logits=None if self._sketch is None or codes is None else self._sketch.logits(codes),
+                residual_uniforms=None if residuals is None else torch.from_numpy(residuals[part]),
             )
-            parts.append(_to_numpy(statistics, mask[part]))
+            parts.append(_to_numpy(statistics, codes, mask[part]))
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if not np.isfinite(whole["gold_logprob"]).all():
             raise RunError(
@@ -117,6 +163,17 @@ class TransformersTeacher(Teacher):
                 "try --dtype float32 or bfloat16"
             )
         return list(_split(batch, whole))
+
+
+def _padded(batch: Sequence[TokenSequence]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 `[B, L]`, right-padded with 0, and int64 `[rows]`: each scored position's index in it, flattened."""
+    lengths = [len(s.input_ids) for s in batch]
+    width = max(lengths)
+    input_ids = np.zeros((len(batch), width), np.int64)
+    for row, sequence in enumerate(batch):
+        input_ids[row, : lengths[row]] = sequence.input_ids
+    # The last id of a sequence predicts nothing inside it: L ids, L-1 scored positions.
+    return input_ids, np.concatenate([np.arange(n - 1) + row * width for row, n in enumerate(lengths)])
 
 
 def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -131,8 +188,8 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
         yield batch
 
 
-def _to_numpy(statistics: RowStatistics, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Per-position arrays in full, top-N and samples of the masked-in positions only."""
+def _to_numpy(statistics: RowStatistics, codes: torch.Tensor | None, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Per-position arrays in full; top-N, samples and codes of the masked-in positions only."""
     stored = torch.from_numpy(mask).to(statistics.top_ids.device)
     whole = {
         "gold_logprob": statistics.gold_logprob,
@@ -143,6 +200,13 @@ def _to_numpy(statistics: RowStatistics, mask: np.ndarray) -> dict[str, np.ndarr
         "top_logprobs": statistics.top_logprobs[stored],
         "tail_samples": statistics.tail_samples[stored].int(),
     }
+    if codes is not None:
+        whole |= {
+            "sketch_codes": codes[stored],
+            "residual_samples": statistics.residual_samples[stored].int(),
+            "residual_mass": statistics.residual_mass[stored],
+            "sketch_kl": statistics.sketch_kl[stored],
+        }
     return {name: value.cpu().numpy() for name, value in whole.items()}
 
 
@@ -155,8 +219,5 @@ def _split(batch: list[TokenSequence], whole: dict[str, np.ndarray]) -> Iterator
         position, stored = positions.stop, entries.stop
         yield ScoredSequence(
             sequence,
-            **{
-                name: values[entries if name in ("top_ids", "top_logprobs", "tail_samples") else positions]
-                for name, values in whole.items()
-            },
+            **{name: values[positions if name in _EVERYWHERE else entries] for name, values in whole.items()},
         )

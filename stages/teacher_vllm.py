@@ -18,6 +18,7 @@ import numpy as np
 
 from stages import vllm_pooling, vllm_prompt_logprobs
 from stages.corpus import Sequence as TokenSequence
+from stages.sketch_calibration import from_file, soft_cap_of, to_file
 from stages.statistics import StatisticsOptions
 from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher, check_sequences
 from stages.vllm_engine import (
@@ -31,9 +32,12 @@ from stages.vllm_engine import (
 )
 from stages.vllm_plugin import PackedStatistics
 from storage.errors import RunError, UserError
+from storage.sketch_file import SketchFile
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
+
+    from stages.sketch import Sketch
 
 Route = Literal["pooling", "prompt-logprobs"]
 ROUTES: tuple[Route, ...] = ("pooling", "prompt-logprobs")
@@ -99,6 +103,7 @@ class VllmTeacher(Teacher):
         self.vocabulary_size = int(config.model_config.get_vocab_size())
         if not 1 <= options.top_n <= self.vocabulary_size:
             raise UserError(f"--top-n {options.top_n}: the teacher's vocabulary has {self.vocabulary_size} ids")
+        self._soft_cap = soft_cap_of(config.model_config.hf_config)
         # Enough that the engine always has a next step to form, little enough that no result waits long.
         self._queue_tokens = 4 * int(config.scheduler_config.max_num_batched_tokens)
         self._queue_requests = 2 * int(config.scheduler_config.max_num_seqs)
@@ -130,6 +135,26 @@ class VllmTeacher(Teacher):
         finished = [scored for scored in results if scored is not None]
         stored = sum(len(s.top_ids) for s in finished)
         return Scored(finished, self._take_prior(stored) if self.route == "pooling" else None, stored)
+
+    def calibrate(self, sequences: Sequence[TokenSequence], rank: int, progress: Callable[[int], None]) -> Sketch:
+        if self.route != "pooling":
+            return super().calibrate(sequences, rank, progress)
+        check_sequences(sequences, self.max_length, self.vocabulary_size)
+        self._rpc("teacher_start_moments")
+        with contextlib.closing(self._run(sequences)) as outputs:
+            for index, _ in outputs:
+                progress(len(sequences[index].input_ids))
+        answers = [answer for answer in self._rpc("teacher_take_sketch", rank, self._soft_cap) if answer is not None]
+        if len(answers) != 1:
+            raise RunError(f"{len(answers)} of the engine's workers made a sketch instead of one; please report this")
+        return from_file(
+            SketchFile.from_bytes(answers[0], "the sketch", rank=rank, vocabulary_size=self.vocabulary_size)
+        )
+
+    def use_sketch(self, sketch: Sketch) -> None:
+        if self.route != "pooling":
+            super().use_sketch(sketch)
+        self._rpc("teacher_use_sketch", to_file(sketch, {}).to_bytes())
 
     def _run(self, sequences: Sequence[TokenSequence]) -> Generator[tuple[int, Any]]:
         """(index, finished output) as they come; at most a queue's worth of sequences is inside the engine."""
@@ -174,12 +199,12 @@ class VllmTeacher(Teacher):
         flat = output.prompt_logprobs
         return vllm_prompt_logprobs.scored_from_flat(sequence, flat, self.options, self.vocabulary_size)
 
-    def _rpc(self, method: str) -> list[Any]:
+    def _rpc(self, method: str, *arguments: object) -> list[Any]:
         if self._engine is None:
             raise RunError(_CLOSED)
         engine = self._engine
         try:
-            return self._guard.call(lambda: engine.collective_rpc(method))
+            return self._guard.call(lambda: engine.collective_rpc(method, args=arguments))
         except Exception as error:
             raise engine_error(error, self._advice) from error
 

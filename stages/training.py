@@ -28,6 +28,7 @@ from stages.head_loss import head_loss
 from stages.objective import Coefficients, Objective, coefficients, compare, weighted_sum
 from stages.packing import check_packing
 from stages.shard_dataset import Collator, as_tensors, teacher_rows
+from stages.sketch import Sketch
 from stages.tail import Tail
 from storage.errors import RunError, UserError
 
@@ -45,6 +46,7 @@ class DistillationTrainer(Trainer):
 
     train_dataset: a Mixture. plan: how its sequences become batches, with their `lengths` where it needs them; the
     padded batch size and the devices are Trainer's. cache_names: for the held-out measures of each cache apart.
+    eval_sketch: of the codes in evaluation batches, whatever `tail` is trained with.
     Raises UserError for a model that cannot be trained on packed sequences where `plan` packs.
     """
 
@@ -56,6 +58,7 @@ class DistillationTrainer(Trainer):
         objective: Objective,
         tail: Tail = BUCKET,
         eval_collator: Collator | None = None,
+        eval_sketch: Sketch | None = None,
         plan: BatchPlan | None = None,
         lengths: np.ndarray | None = None,
         cache_names: Sequence[str] = ("",),
@@ -66,10 +69,9 @@ class DistillationTrainer(Trainer):
         self._plan = plan or BatchPlan()
         self._lengths = lengths
         self._cache_names = tuple(cache_names)
-        # The prior is one vector for the whole run; it moves to the device once.
-        prior = None if tail.log_prior is None else tail.log_prior.to(self.args.device)
-        self._tail = replace(tail, log_prior=prior)
+        self._tail = tail.to(self.args.device)
         self._eval_collator = eval_collator
+        self._eval_sketch = None if eval_sketch is None else eval_sketch.to(self.args.device)
         self._vocabulary_size = install_distillation(self.model)
         self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
         self.loss_is_scaled_for_ga = self._over_step
@@ -258,7 +260,7 @@ class DistillationTrainer(Trainer):
             ) -> torch.Tensor:
                 return evaluation.sums_by_sequence(
                     hidden, head, teacher_rows(inputs), inputs["is_hard"], inputs["sequence_of"],
-                    sequences=len(inputs["input_ids"]), vocabulary_size=self._vocabulary_size,
+                    sequences=len(inputs["input_ids"]), vocabulary_size=self._vocabulary_size, sketch=self._eval_sketch,
                 )  # fmt: skip
 
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():

@@ -10,7 +10,8 @@ What travels where:
 - the statistics options in vLLM's `additional_config`, under the key `teacher_logit_cache`;
 - the loss mask of a sequence in its request's `PoolingParams.extra_kwargs`, so that only masked-in positions send
   top-N entries; a request without one (the HTTP server's) gets them at every scored position;
-- the summed tail distribution of a shard stays on the worker until `WorkerExtension` is asked for it.
+- the summed tail distribution of a shard stays on the worker until `WorkerExtension` is asked for it;
+- a sketch is made on the workers and given to them through `WorkerExtension`: hidden states never leave them.
 
 A module without vLLM at its top: `PackedStatistics` is also what a client of a server reads.
 """
@@ -27,7 +28,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from stages.statistics import RowStatistics, StatisticsOptions, row_statistics, rows_per_slice, sample_uniforms
+from stages.sketch import HiddenMoments, Sketch
+from stages.statistics import (
+    RowStatistics,
+    StatisticsOptions,
+    residual_uniforms,
+    row_statistics,
+    rows_per_slice,
+    sample_uniforms,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,9 +49,9 @@ CONFIG_KEY = "teacher_logit_cache"
 MAX_VOCABULARY = 1 << 24
 
 _MAGIC = 7105.0
-_FORMAT = 1.0
+_FORMAT = 2.0
 _SEED_DIGITS = 3  # base 2**22, so each is exact in float32
-_FIXED_HEADER = 8 + _SEED_DIGITS
+_FIXED_HEADER = 12 + _SEED_DIGITS
 
 # Bytes of fp32 logits that the head makes at a time, on an accelerator and on a CPU: more rows share one reading of
 # its weights. The statistics go over them many times, on a CPU in blocks that its caches hold.
@@ -55,12 +64,17 @@ _CACHED_BYTES = 16 << 20
 
 def options_to_config(options: StatisticsOptions) -> dict[str, Any]:
     """The options as `additional_config[CONFIG_KEY]`, plain JSON."""
-    return {
+    config = {
         "top_n": options.top_n,
         "temperatures": list(options.temperatures),
         "tail_samples": options.tail_samples,
         "seed": options.seed,
+        "tail_epsilon": options.tail_epsilon,
+        "min_n": options.min_n,
     }
+    if options.sketch_rank:
+        config |= {"sketch_rank": options.sketch_rank, "residual_samples": options.residual_samples}
+    return config
 
 
 def options_from_config(config: Any) -> StatisticsOptions:
@@ -72,6 +86,10 @@ def options_from_config(config: Any) -> StatisticsOptions:
             temperatures=tuple(float(t) for t in ours.get("temperatures", ())),
             tail_samples=int(ours.get("tail_samples", 0)),
             seed=int(ours.get("seed", 0)),
+            tail_epsilon=float(ours.get("tail_epsilon", 0.0)),
+            min_n=int(ours.get("min_n", 1)),
+            sketch_rank=int(ours.get("sketch_rank", 0)),
+            residual_samples=int(ours.get("residual_samples", 0)),
         )
     except (KeyError, TypeError, ValueError):
         example = f'{{"{CONFIG_KEY}": {{"top_n": 64}}}}'
@@ -88,7 +106,8 @@ class PackedStatistics:
     """What the pooler says about one sequence of L ids: its R = L-1 scored positions, P of them with entries.
 
     Flat float32: a header, `dense [R, 3 + temperatures]` (gold_logprob, tail_logmass, entropy, tail_logmass_at...) and
-    `entries [P, 2N + M]` (top ids, top log-probabilities, tail samples). Ids are integers in float32.
+    `entries [P, 2N + M]` (top ids, top log-probabilities, tail samples), with a sketch `[P, 2N + M + r + m + 2]`
+    (codes, residual samples, residual mass, sketch_kl as well). Ids and codes are integers in float32.
     """
 
     options: StatisticsOptions
@@ -98,7 +117,7 @@ class PackedStatistics:
 
     @property
     def top_ids(self) -> np.ndarray:
-        """int32 [P, N]"""
+        """int32 [P, N], -1 beyond what a position keeps"""
         return self.entries[:, : self.options.top_n].astype(np.int32)
 
     @property
@@ -109,7 +128,23 @@ class PackedStatistics:
     @property
     def tail_samples(self) -> np.ndarray:
         """int32 [P, M]"""
-        return self.entries[:, 2 * self.options.top_n :].astype(np.int32)
+        start = 2 * self.options.top_n
+        return self.entries[:, start : start + self.options.tail_samples].astype(np.int32)
+
+    @property
+    def sketch(self) -> dict[str, np.ndarray]:
+        """The fields of ScoredSequence that come with a sketch; empty without one."""
+        options = self.options
+        if not options.sketch_rank:
+            return {}
+        codes = 2 * options.top_n + options.tail_samples
+        samples = codes + options.sketch_rank
+        return {
+            "sketch_codes": self.entries[:, codes:samples].astype(np.int8),
+            "residual_samples": self.entries[:, samples:-2].astype(np.int32),
+            "residual_mass": self.entries[:, -2].copy(),
+            "sketch_kl": self.entries[:, -1].copy(),
+        }
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> PackedStatistics:
@@ -121,28 +156,44 @@ class PackedStatistics:
             raise ValueError(f"packed statistics of format {packed[1]:g}, this version reads {_FORMAT:g}")
         if not np.isfinite(packed[:_FIXED_HEADER]).all():
             raise ValueError("damaged header of packed statistics")
-        vocabulary, rows, stored, top_n, temperatures, samples = (int(x) for x in packed[2:8])
-        seed = sum(int(digit) << (22 * i) for i, digit in enumerate(packed[8:_FIXED_HEADER]))
+        counts = [int(x) for x in packed[2:11]]
+        vocabulary, rows, stored, top_n, temperatures, samples, min_n, rank, residuals = counts
+        seed = sum(int(digit) << (22 * i) for i, digit in enumerate(packed[12:_FIXED_HEADER]))
         body = _FIXED_HEADER + temperatures
-        dense_size, entries_size = rows * (3 + temperatures), stored * (2 * top_n + samples)
-        if (
-            min(vocabulary, rows, stored, top_n, temperatures, samples) < 0
-            or len(packed) != body + dense_size + entries_size
-        ):
+        options = StatisticsOptions(
+            top_n,
+            # These come back as the shortest decimals that float32 cannot tell from them.
+            tuple(float(str(t)) for t in packed[_FIXED_HEADER:body]),
+            samples,
+            seed,
+            tail_epsilon=float(str(packed[11])),
+            min_n=min_n,
+            sketch_rank=rank,
+            residual_samples=residuals,
+        )
+        width = _entry_width(options)
+        dense_size, entries_size = rows * (3 + temperatures), stored * width
+        if min(counts) < 0 or len(packed) != body + dense_size + entries_size:
             raise ValueError(f"packed statistics of {len(packed)} numbers, their header promises others")
-        # A temperature comes back as the shortest decimal that float32 cannot tell from it.
-        options = StatisticsOptions(top_n, tuple(float(str(t)) for t in packed[_FIXED_HEADER:body]), samples, seed)
         return cls(
             options,
             vocabulary,
             packed[body : body + dense_size].reshape(rows, 3 + temperatures),
-            packed[body + dense_size :].reshape(stored, 2 * top_n + samples),
+            packed[body + dense_size :].reshape(stored, width),
         )
+
+
+def _entry_width(options: StatisticsOptions) -> int:
+    """Numbers of one stored position."""
+    sketch = options.sketch_rank + options.residual_samples + 2 if options.sketch_rank else 0
+    return 2 * options.top_n + options.tail_samples + sketch
 
 
 def _header(options: StatisticsOptions, vocabulary: int, rows: int, stored: int) -> list[float]:
     digits = [(options.seed >> (22 * i)) & ((1 << 22) - 1) for i in range(_SEED_DIGITS)]
-    numbers = [vocabulary, rows, stored, options.top_n, len(options.temperatures), options.tail_samples, *digits]
+    counts = [options.top_n, len(options.temperatures), options.tail_samples, options.min_n]
+    sketch = [options.sketch_rank, options.residual_samples]
+    numbers = [vocabulary, rows, stored, *counts, *sketch, options.tail_epsilon, *digits]
     return [_MAGIC, _FORMAT, *map(float, numbers), *options.temperatures]
 
 
@@ -174,6 +225,8 @@ class StatisticsCollector:
 
     compute_logits: `[C, H] -> [C, V]`, or None on the tensor-parallel ranks that only take part in the gather.
     collects: whether this rank keeps anything. Every rank must call `collect` with the same chunks.
+
+    Between `start_moments` and `take_sketch` the moments of the hidden states are all that is collected.
     """
 
     def __init__(
@@ -192,9 +245,31 @@ class StatisticsCollector:
         self.options = options
         self.vocabulary_size = vocabulary_size
         self.collects = collects
+        self.sketch: Sketch | None = None
+        self._moments: HiddenMoments | None = None
+        self._calibrating = False
+        self._like: torch.Tensor | None = None
         self._prior_sum: torch.Tensor | None = None
         self._prior_positions = 0
         self._prior_reached: dict[int, int] = {}
+
+    def start_moments(self) -> None:
+        """Collect nothing but moments of hidden states, on every rank."""
+        self._prior_reached = {}
+        self._moments, self._calibrating = None, True
+
+    def take_sketch(self, rank: int, soft_cap: float | None) -> Sketch | None:
+        """The sketch of the moments since `start_moments`; None on other ranks, which must call it too."""
+        from stages.sketch_calibration import calibrate_head
+
+        moments, like = self._moments, self._like
+        self._moments, self._calibrating = None, False
+        self._prior_reached = {}
+        if moments is None or like is None:
+            raise RuntimeError("no hidden states were collected")
+        return calibrate_head(
+            moments, self.compute_logits, self.vocabulary_size, rank, like, soft_cap=soft_cap, collects=self.collects
+        )
 
     def reset_prior(self) -> None:
         """Start the tail prior of a shard."""
@@ -214,10 +289,13 @@ class StatisticsCollector:
         hidden: `[tokens, H]`, the rows of the chunks one after another.
         """
         tokens = len(hidden)
+        if self._calibrating:
+            return self._collect_moments(hidden, chunks)
         gold = np.zeros(tokens, np.int64)
         entry = np.zeros(tokens, bool)
         in_prior = np.zeros(tokens, bool)
         uniforms = np.zeros((tokens, self.options.tail_samples))
+        residuals = np.zeros((tokens, self.options.residual_samples))
         begin = 0
         for chunk in chunks:
             scored, stored = chunk.scored(), chunk.stored_mask()
@@ -226,17 +304,18 @@ class StatisticsCollector:
             entry[rows] = stored
             if self.options.tail_samples and stored.any():
                 uniforms[rows] = sample_uniforms(chunk.prompt_ids, self.options)[scored.start : scored.stop]
-            if chunk.key is not None:
-                # A preempted request is scored again from its start: count a position once.
-                reached = self._prior_reached.get(chunk.key, 0)
-                in_prior[rows] = stored & (np.arange(scored.start, scored.stop) >= reached)
-                self._prior_reached[chunk.key] = max(reached, scored.stop)
+            if self.options.residual_samples and stored.any():
+                residuals[rows] = residual_uniforms(chunk.prompt_ids, self.options)[scored.start : scored.stop]
+            in_prior[rows] = self._counted(chunk)
             begin += chunk.stop - chunk.start
 
         device = hidden.device
         gold_rows = torch.from_numpy(gold).to(device)
         prior_rows = torch.from_numpy(in_prior).to(device) if in_prior.any() else None
         uniform_rows = torch.from_numpy(uniforms).to(device) if self.options.tail_samples else None
+        residual_rows = torch.from_numpy(residuals).to(device) if self.options.residual_samples else None
+        if self.options.sketch_rank and self.sketch is None and any(chunk.key is not None for chunk in chunks):
+            raise RuntimeError("positions are scored before the workers have the sketch")
         entry_rows = np.flatnonzero(entry)
         entry_index = torch.from_numpy(entry_rows).to(device)
 
@@ -255,11 +334,16 @@ class StatisticsCollector:
                 )
             # float32 within a slice, float64 over the slices of a shard.
             slice_prior = None if prior_rows is None else hidden.new_zeros(self.vocabulary_size, dtype=torch.float32)
+            codes = self._codes(hidden[start:stop])
             statistics = self._statistics(
-                logits,
-                gold_rows[start:stop],
-                None if uniform_rows is None else uniform_rows[start:stop],
-                None if prior_rows is None else prior_rows[start:stop],
+                _Rows(
+                    logits,
+                    gold_rows[start:stop],
+                    None if uniform_rows is None else uniform_rows[start:stop],
+                    None if prior_rows is None else prior_rows[start:stop],
+                    codes,
+                    None if residual_rows is None else residual_rows[start:stop],
+                ),
                 slice_prior,
             )
             del logits
@@ -267,11 +351,49 @@ class StatisticsCollector:
                 self._add_to_prior(slice_prior)
             first, last = np.searchsorted(entry_rows, (start, stop))
             dense.append(_dense(statistics))
-            entries.append(_entries(statistics, entry_index[first:last] - start))
+            entries.append(_entries(statistics, codes, entry_index[first:last] - start))
         if not self.collects:
             return [None] * len(chunks)
         self._prior_positions += int(in_prior.sum())
         return _split(torch.cat(dense), torch.cat(entries), chunks)
+
+    def _counted(self, chunk: Chunk) -> np.ndarray:
+        """bool, one per scored position of the chunk: stored, and not seen before.
+
+        A preempted request is scored again from its start.
+        """
+        scored, stored = chunk.scored(), chunk.stored_mask()
+        if chunk.key is None:
+            return np.zeros(len(scored), bool)
+        reached = self._prior_reached.get(chunk.key, 0)
+        self._prior_reached[chunk.key] = max(reached, scored.stop)
+        return stored & (np.arange(scored.start, scored.stop) >= reached)
+
+    def _collect_moments(
+        self, hidden: torch.Tensor, chunks: Sequence[Chunk]
+    ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+        """Pieces of no numbers, so that requests end as always."""
+        counted = np.zeros(len(hidden), bool)
+        begin = 0
+        for chunk in chunks:
+            counted[begin : begin + len(chunk.scored())] = self._counted(chunk)
+            begin += chunk.stop - chunk.start
+        if self._moments is None:
+            self._moments, self._like = HiddenMoments(hidden.shape[1], hidden.device), hidden.new_empty(0)
+        self._moments.add(hidden[torch.from_numpy(counted).to(hidden.device)])
+        if not self.collects:
+            return [None] * len(chunks)
+        return [
+            (hidden.new_zeros((len(c.scored()), 0)), hidden.new_zeros((int(c.stored_mask().sum()), 0))) for c in chunks
+        ]
+
+    def _codes(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """int8 `[C, r]`. Before there is a sketch, when vLLM measures memory, they are 0."""
+        if not self.options.sketch_rank:
+            return None
+        if self.sketch is None:
+            return torch.zeros((len(hidden), self.options.sketch_rank), dtype=torch.int8, device=hidden.device)
+        return self.sketch.encode(hidden)
 
     def _add_to_prior(self, tail_sum: torch.Tensor) -> None:
         if self._prior_sum is None:
@@ -279,46 +401,64 @@ class StatisticsCollector:
         else:
             self._prior_sum += tail_sum
 
-    def _statistics(
-        self,
-        logits: torch.Tensor,
-        gold: torch.Tensor,
-        uniforms: torch.Tensor | None,
-        prior_rows: torch.Tensor | None,
-        prior_sum: torch.Tensor | None,
-    ) -> RowStatistics:
+    def _statistics(self, given: _Rows, prior_sum: torch.Tensor | None) -> RowStatistics:
         """`row_statistics`, in blocks that a CPU's caches hold, and in halves where the whole does not fit."""
-        rows = len(logits)
-        block = rows_per_slice(self.vocabulary_size, _CACHED_BYTES) if logits.device.type == "cpu" else rows
+        rows = len(given.logits)
+        block = rows_per_slice(self.vocabulary_size, _CACHED_BYTES) if given.logits.device.type == "cpu" else rows
         if rows <= block:
             try:
+                sketch_logits = None
+                if given.codes is not None:
+                    sketch_logits = (
+                        torch.zeros_like(given.logits, dtype=torch.float32)
+                        if self.sketch is None
+                        else self.sketch.logits(given.codes)
+                    )
                 return row_statistics(
-                    logits, gold, self.options, uniforms=uniforms, prior_sum=prior_sum, prior_rows=prior_rows
+                    given.logits,
+                    given.gold,
+                    self.options,
+                    uniforms=given.uniforms,
+                    prior_sum=prior_sum,
+                    prior_rows=given.prior_rows,
+                    sketch_logits=sketch_logits,
+                    residual_uniforms=given.residual_uniforms,
                 )
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
             torch.cuda.empty_cache()
             block = rows // 2
-        parts = [
-            self._statistics(
-                logits[start : start + block],
-                gold[start : start + block],
-                None if uniforms is None else uniforms[start : start + block],
-                None if prior_rows is None else prior_rows[start : start + block],
-                prior_sum,
-            )
-            for start in range(0, rows, block)
-        ]
+        parts = [self._statistics(given[start : start + block], prior_sum) for start in range(0, rows, block)]
         return RowStatistics(**{name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])})
+
+
+@dataclass
+class _Rows:
+    """What `row_statistics` is given for the rows of a slice, the codes in the place of their logits."""
+
+    logits: torch.Tensor
+    gold: torch.Tensor
+    uniforms: torch.Tensor | None
+    prior_rows: torch.Tensor | None
+    codes: torch.Tensor | None
+    residual_uniforms: torch.Tensor | None
+
+    def __getitem__(self, rows: slice) -> _Rows:
+        part: dict[str, Any] = {name: None if v is None else v[rows] for name, v in vars(self).items()}
+        return _Rows(**part)
 
 
 def _dense(s: RowStatistics) -> torch.Tensor:
     return torch.cat([torch.stack([s.gold_logprob, s.tail_logmass, s.entropy], 1), s.tail_logmass_at], 1)
 
 
-def _entries(s: RowStatistics, rows: torch.Tensor) -> torch.Tensor:
-    return torch.cat([s.top_ids[rows].float(), s.top_logprobs[rows], s.tail_samples[rows].float()], 1)
+def _entries(s: RowStatistics, codes: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    parts = [s.top_ids[rows].float(), s.top_logprobs[rows], s.tail_samples[rows].float()]
+    if codes is not None:
+        parts += [codes[rows].float(), s.residual_samples[rows].float()]
+        parts += [s.residual_mass[rows, None], s.sketch_kl[rows, None]]
+    return torch.cat(parts, 1)
 
 
 def _split(
@@ -519,6 +659,34 @@ class WorkerExtension:
             return None
         positions, total = collector.take_prior()
         return [positions, b"" if total is None else total.tobytes()]
+
+    @torch.no_grad()
+    def teacher_start_moments(self) -> None:
+        """From now on only the moments of hidden states are collected."""
+        if (collector := _collector_of(self)) is not None:
+            collector.start_moments()
+
+    @torch.no_grad()
+    def teacher_take_sketch(self, rank: int, soft_cap: float | None) -> bytes | None:
+        """`sketch.safetensors` of what was collected; None from a worker that keeps no statistics."""
+        from stages.sketch_calibration import to_file
+
+        if (collector := _collector_of(self)) is None:
+            return None
+        sketch = collector.take_sketch(rank, soft_cap)
+        return None if sketch is None else to_file(sketch, {}).to_bytes()
+
+    @torch.no_grad()
+    def teacher_use_sketch(self, data: bytes) -> None:
+        """The sketch by which everything is coded that is scored from now on."""
+        from stages.sketch_calibration import from_file
+        from storage.sketch_file import SketchFile
+
+        if (collector := _collector_of(self)) is not None and collector.collects:
+            options, width = collector.options, collector.vocabulary_size
+            file = SketchFile.from_bytes(data, "the sketch", rank=options.sketch_rank, vocabulary_size=width)
+            parameter = next(self.get_model().parameters())  # type: ignore[attr-defined]
+            collector.sketch = from_file(file).to(parameter.device)
 
 
 def _collector_of(worker: Any) -> StatisticsCollector | None:

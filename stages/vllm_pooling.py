@@ -73,4 +73,5 @@ def scored_from_packed(sequence: TokenSequence, packed: PackedStatistics) -> Sco
         top_logprobs=entries.top_logprobs,
         tail_logmass_at=packed.dense[:, 3:].copy(),
         tail_samples=entries.tail_samples,
+        **entries.sketch,
     )

@@ -3,7 +3,7 @@
 It gives the gold and the top-N log-probabilities and nothing of the rest of the distribution: `entropy` is NaN, there
 is no tail prior, and `tail_logmass` is `log(1 - sum of the kept)`, which float32 log-probabilities only carry down to
 about 1e-6: a smaller one is reported as 1e-6, or as what V - K ids at the N-th probability could hold where that is
-less.
+less. Adaptive N works on this tail, so its threshold has to stand well above that resolution.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from stages.corpus import Sequence as TokenSequence
-from stages.statistics import StatisticsOptions
+from stages.statistics import StatisticsOptions, beyond_prefix
 from stages.teacher import ScoredSequence, refuse_non_finite
 from storage.errors import RunError, UserError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # A tail below this is rounding: the log-probabilities behind it are float32.
 TAIL_RESOLUTION = 1e-6
+SMALLEST_EPSILON = 1e-5
 
 
 def refuse_beyond_logprobs(options: StatisticsOptions, route: str) -> None:
@@ -34,6 +36,11 @@ def refuse_beyond_logprobs(options: StatisticsOptions, route: str) -> None:
         asked.append("--tail-samples")
     if asked:
         raise UserError(f"{route} cannot give {' and '.join(asked)}: it shows only the top-N and the gold token")
+    if 0 < options.tail_epsilon < SMALLEST_EPSILON:
+        raise UserError(
+            f"{route} cannot give --tail-epsilon {options.tail_epsilon:g}: its tails are the rest to 1, known to "
+            f"{TAIL_RESOLUTION:g}; take {SMALLEST_EPSILON:g} or more"
+        )
 
 
 def engine_args(options: StatisticsOptions, config: PretrainedConfig, max_length: int) -> dict[str, Any]:
@@ -77,11 +84,16 @@ def scored_from_flat(
         raise RunError(
             f"vLLM answered {len(flat.token_ids)} log-probabilities, expected {shape[0]} x {shape[1]}"
         ) from None
-    return scored_from_logprobs(sequence, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0], vocabulary_size)
+    return scored_from_logprobs(sequence, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0], options, vocabulary_size)
 
 
 def scored_from_logprobs(
-    sequence: TokenSequence, top_ids: np.ndarray, top: np.ndarray, gold: np.ndarray, vocabulary_size: int
+    sequence: TokenSequence,
+    top_ids: np.ndarray,
+    top: np.ndarray,
+    gold: np.ndarray,
+    options: StatisticsOptions,
+    vocabulary_size: int,
 ) -> ScoredSequence:
     """What prompt log-probabilities give: ids and log-probabilities `[L-1, N]`, descending, and gold `[L-1]`.
 
@@ -89,11 +101,18 @@ def scored_from_logprobs(
     """
     refuse_non_finite(sequence, gold)
     golds = sequence.input_ids[1:]
-    outside = ~(top_ids == golds[:, None]).any(1)
+    is_gold = top_ids == golds[:, None]
+    outside = ~is_gold.any(1)
     kept = np.exp(top.astype(np.float64)).sum(1) + np.where(outside, np.exp(gold.astype(np.float64)), 0.0)
     tail_ids = np.maximum(vocabulary_size - top_ids.shape[1] - outside, 0)
     most = tail_ids * np.exp(top[:, -1].astype(np.float64))
     tail = np.minimum(np.maximum(1.0 - kept, TAIL_RESOLUTION), most)
+    if options.tail_epsilon:
+        others = np.where(is_gold, 0.0, np.exp(top.astype(np.float64)))
+        beyond = beyond_prefix(torch.from_numpy(others), torch.from_numpy(tail), options.tail_epsilon, options.min_n)
+        dropped = beyond.numpy()
+        tail = tail + np.where(dropped, others, 0.0).sum(1)
+        top_ids, top = np.where(dropped, -1, top_ids), np.where(dropped, -np.inf, top)
     with np.errstate(divide="ignore"):
         tail_logmass = np.log(tail).astype(np.float32)
     mask = sequence.loss_mask

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import zstandard
 
-from storage.cache import CARD, MANIFEST, PARTIAL, TAIL_PRIOR, TOKENIZER, Cache
+from storage.cache import CARD, MANIFEST, PARTIAL, SKETCH, TAIL_PRIOR, TOKENIZER, Cache
 from storage.errors import CacheError, UserError
 from storage.files import atomic_file, sha256_file, sync_directory, temporary_for, write_bytes
 
@@ -36,7 +36,7 @@ def files_of(cache: Cache) -> list[Path]:
     if not isinstance(cache.path, Path):
         raise CacheError(f"{cache.path}: only a local cache can be bundled; `pipeline pull` it first")
     cache.receipts(partial=True)
-    names = [cache.path / MANIFEST, cache.path / PARTIAL]
+    names = [cache.path / MANIFEST, cache.path / PARTIAL, cache.path / SKETCH]
     names += sorted(path for path in (cache.path / TOKENIZER).rglob("*") if path.is_file())
     for index in cache.shards_here:
         for path in (cache.shard_path(index), cache.tail_sum_path(index), cache.receipt_path(index)):
@@ -52,6 +52,7 @@ def bundle(cache: Cache, file: Path, progress: Callable[[int], None] = lambda sh
     progress gets the number of each shard that was checked. Raises CacheError for a damaged cache.
     """
     paths = files_of(cache)
+    cache.check_sketch()
     for index in cache.shards_here:
         cache.check_file(index)
         progress(index)
@@ -92,6 +93,7 @@ def unbundle(file: Path, target: Path) -> Cache:
         try:
             cache = Cache.open(temporary)
             cache.receipts(partial=True)
+            cache.check_sketch()
             for index in cache.shards_here:
                 cache.check_file(index)
         except CacheError as error:

@@ -2,6 +2,7 @@
 
 Order of events, which is what makes a kill at any moment harmless:
 
+0. a cache with a sketch gets `sketch.safetensors`, whose checksum is part of its identity;
 1. the folder gets `manifest.json`: from here on it belongs to one identity; then its tokenizer copy;
 2. a shard appears, then its summed tail, then its receipt; a shard without a receipt is written again;
 3. when every receipt is there, `tail_prior.parquet` and at last `README.md` (the card) seal the cache.
@@ -20,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,11 @@ from storage import copies
 from storage import shard as shard_file
 from storage.errors import CacheError
 from storage.files import remove_temporaries, sha256_file, sync_directory, temporary_for, write_bytes, write_json
-from storage.manifest import Manifest, Receipt, read_manifest, read_receipt, write_model
+from storage.manifest import Manifest, Receipt, SketchIdentity, read_manifest, read_receipt, write_model
 from storage.places import Place, RemotePath, place
 from storage.rows import Rows
+from storage.sketch_file import NAME as SKETCH
+from storage.sketch_file import SketchFile
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -46,6 +50,12 @@ PARTIAL = "partial.json"
 _TOKENIZER_LAST = "tokenizer_config.json"
 # Small remote files read at a time.
 _READERS = 16
+
+
+def residual_sum(rows: Rows) -> float | None:
+    """Residual mass summed over the stored positions, as a receipt says it; None where it is not kept."""
+    mass = rows.lists.get("residual_mass")
+    return None if mass is None else float(mass.values.sum(dtype=np.float64))
 
 
 def sums(rows: Rows) -> tuple[float, float]:
@@ -90,7 +100,8 @@ class Cache:
             if not path.is_dir():
                 return
         if not (path / MANIFEST).exists():
-            strange = [entry.name for entry in path.iterdir() if entry.name[:1] != "."]
+            # A sketch comes before the manifest that names it.
+            strange = [entry.name for entry in path.iterdir() if entry.name[:1] != "." and entry.name != SKETCH]
             if strange:
                 raise CacheError(
                     f"{path}: holds other files ({', '.join(sorted(strange)[:3])}) and no cache; name a new directory"
@@ -133,6 +144,81 @@ class Cache:
                 (path / folder).mkdir(exist_ok=True)
                 remove_temporaries(path / folder)
         return cache
+
+    @property
+    def sketch_path(self) -> Place:
+        return self.path / SKETCH
+
+    @classmethod
+    def claim_sketch(cls, where: str | Place, data: bytes) -> bytes:
+        """Put a sketch where no cache is yet, unless one is there; the bytes there now, which all workers read.
+
+        Raises OSError.
+        """
+        path = place(where)
+        path.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            write_bytes(path / SKETCH, data, exclusive=True)
+        return (path / SKETCH).read_bytes()
+
+    @classmethod
+    def claimed_sketch(cls, where: str | Place) -> bytes | None:
+        """What `claim_sketch` left there, or None."""
+        path = place(where) / SKETCH
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write_sketch(self, data: bytes) -> None:
+        """Put back the sketch that the manifest names. Raises CacheError where these bytes are another."""
+        if hashlib.sha256(data).hexdigest() != self._sketch.sha256:
+            raise CacheError(
+                f"{self.sketch_path}: missing or damaged, and what this machine makes in its place is not what the "
+                "shards were made with; copy it from where the cache was pushed to, or name a new --output"
+            )
+        write_bytes(self.sketch_path, data)
+
+    def check_sketch(self) -> None:
+        """Compare the sketch, where there is to be one, with its checksum. Raises CacheError."""
+        if self.manifest.scoring.sketch is not None:
+            self.sketch(fresh=True)
+
+    def sketch(self, *, fresh: bool = False) -> SketchFile:
+        """The cache's sketch, compared with its checksum. Raises CacheError where it is missing, damaged or another.
+
+        fresh: fetch a remote one even where a copy is there.
+        """
+        return SketchFile.from_bytes(
+            self.sketch_bytes(fresh=fresh),
+            self.sketch_path,
+            rank=self._sketch.rank,
+            vocabulary_size=self.manifest.vocabulary_size,
+        )
+
+    def sketch_bytes(self, *, fresh: bool = False) -> bytes:
+        """The file behind `sketch`."""
+        path, sha256 = self.sketch_path, self._sketch.sha256
+        if sha256 is None:
+            raise CacheError(f"{self.path / MANIFEST}: the manifest is damaged: it names no checksum of the sketch")
+        try:
+            if isinstance(path, RemotePath):
+                with copies.open_copy(path, sha256, path.stat().st_size, fresh=fresh) as file:
+                    return file.read()
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise CacheError(f"{path}: the sketch of this cache is missing") from None
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise CacheError(f"{path}: its bytes have changed since it was written (sha256 differs)")
+        return data
+
+    @property
+    def _sketch(self) -> SketchIdentity:
+        if (sketch := self.manifest.scoring.sketch) is None:
+            raise CacheError(f"{self.path}: this cache has no sketch; it was made without --sketch-rank")
+        return sketch
 
     @property
     def tokenizer_path(self) -> Path:
@@ -282,8 +368,18 @@ class Cache:
                 raise CacheError(f"{tail}: its bytes have changed since it was written (sha256 differs)")
         return receipt
 
-    def write_shard(self, index: int, rows: Rows, tail_sum: np.ndarray | None, seconds: float) -> Receipt:
-        """Write a shard, its summed tail (float64 `[V]`), then its receipt. Raises OSError (disk full)."""
+    def write_shard(
+        self,
+        index: int,
+        rows: Rows,
+        tail_sum: np.ndarray | None,
+        seconds: float,
+        sum_sketch_kl: float | None = None,
+    ) -> Receipt:
+        """Write a shard, its summed tail (float64 `[V]`), then its receipt. Raises OSError (disk full).
+
+        sum_sketch_kl: over the stored positions, nats from the teacher to what its codes give back.
+        """
         mask = rows["loss_mask"].values
         stored = int(mask.sum())
         written = shard_file.write_shard(self.shard_path(index), rows, self.manifest, index)
@@ -305,6 +401,8 @@ class Cache:
             tail_prior_sha256=tail_written.sha256 if tail_written else None,
             sum_tail_mass=tail_mass,
             sum_unc=unc,
+            sum_sketch_kl=sum_sketch_kl,
+            sum_residual_mass=residual_sum(rows),
             seconds=seconds,
         )
         write_model(self.receipt_path(index), receipt)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from storage.cache import SHARDS, TAIL_PRIOR, Cache, sums
+from storage.cache import SHARDS, TAIL_PRIOR, Cache, residual_sum, sums
 from storage.errors import CacheError
 from storage.shard import value_problems
 
@@ -15,6 +15,10 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
     """Every broken checksum and invariant, one sentence each with file and row; nothing when all is well."""
     prior_expected = True
     tail_mass, stored = 0.0, 0
+    try:
+        cache.check_sketch()
+    except CacheError as error:
+        yield str(error)
     for index in cache.shards_here:
         try:
             receipt = cache.check_file(index, fetch=True)
@@ -35,6 +39,9 @@ def problems(cache: Cache, progress: Callable[[int], None] = lambda shard: None)
             yield f"{cache.receipt_path(index)}: says rows, tokens, positions, entries {said}, the shard has {found}"
         if not np.allclose(sums(rows), (receipt.sum_tail_mass, receipt.sum_unc), rtol=1e-6, atol=1e-9):
             yield f"{cache.receipt_path(index)}: says sums of tail mass and UNC that the shard does not have"
+        found_mass, said_mass = residual_sum(rows), receipt.sum_residual_mass
+        if (found_mass is None) != (said_mass is None) or not np.isclose(found_mass or 0.0, said_mass or 0.0):
+            yield f"{cache.receipt_path(index)}: says a sum of residual masses that the shard does not have"
         progress(index)
     known = {cache.shard_path(i).name for i in range(len(cache.manifest.shards))}
     for name in sorted(path.name for path in (cache.path / SHARDS).glob("*.parquet")):

@@ -19,6 +19,8 @@ from storage.files import write_json
 from storage.places import Place
 
 _MAX_JSON_BYTES = 64 << 20
+# Fields of `scoring` that the first caches did not have, with what stands for not having them.
+_LATER_SCORING = {"tail_epsilon": 0.0, "min_n": 1, "sketch": None}
 
 
 class _Model(BaseModel):
@@ -52,6 +54,17 @@ class CorpusIdentity(_Model):
     tokens: int = Field(ge=2)
 
 
+class SketchIdentity(_Model):
+    """The sketch of a cache: codes per position, residual samples per position (M), the positions that its calibration
+    was to see, and the sha256 of `sketch.safetensors`, which every manifest on disk names.
+    """
+
+    rank: int = Field(ge=1)
+    residual_samples: int = Field(default=0, ge=0)
+    positions: int = Field(ge=1)
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+
 class ScoringOptions(_Model):
     """What is kept at each position, and in which precision the teacher ran."""
 
@@ -62,8 +75,11 @@ class ScoringOptions(_Model):
     temperatures: tuple[float, ...] = ()
     tail_samples: int = Field(default=0, ge=0)
     entropy: bool = True
+    sketch: SketchIdentity | None = None
     seed: int = 0
     max_length: int = Field(ge=2)
+    tail_epsilon: float = Field(default=0.0, ge=0, lt=1)
+    min_n: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> ScoringOptions:
@@ -71,6 +87,8 @@ class ScoringOptions(_Model):
             raise ValueError(f"logprob_bits must be one of {sorted(schema.LOGPROB_TYPES)}")
         if any(not 0 < t < math.inf or t == 1 for t in self.temperatures):
             raise ValueError("extra temperatures must be positive, finite and not 1, which is always there")
+        if self.min_n > self.top_n:
+            raise ValueError("min_n is larger than top_n")
         names = {schema.temperature_column(t).name for t in (1.0, *self.temperatures)}
         if len(names) <= len(self.temperatures):
             raise ValueError("extra temperatures must differ from 1 and each other in six digits")
@@ -78,7 +96,27 @@ class ScoringOptions(_Model):
 
     @property
     def columns(self) -> tuple[schema.Column, ...]:
-        return schema.columns(self.logprob_bits, self.temperatures, self.tail_samples, self.entropy)
+        sketch = self.sketch
+        return schema.columns(
+            self.logprob_bits,
+            self.temperatures,
+            self.tail_samples,
+            self.entropy,
+            sketch.rank if sketch else 0,
+            sketch.residual_samples if sketch else 0,
+        )
+
+    @property
+    def per_stored_position(self) -> dict[str, int]:
+        """How many values each stored position has in the columns that count stored positions."""
+        counts = {schema.TAIL_SAMPLES.name: self.tail_samples}
+        if self.sketch is not None:
+            counts |= {
+                schema.SKETCH_CODES.name: self.sketch.rank,
+                schema.RESIDUAL_SAMPLES.name: self.sketch.residual_samples,
+                schema.RESIDUAL_MASS.name: 1,
+            }
+        return counts
 
 
 class PlannedShard(_Model):
@@ -117,8 +155,15 @@ class Manifest(_Model):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part that decides whether two commands make the same cache, as plain JSON values."""
-        return self.model_dump(mode="json", exclude={"source", "made_with"})
+        """The part that decides whether two commands make the same cache, as plain JSON values.
+
+        Fields that came later count only where they say something, so that older caches keep their identity.
+        """
+        found = self.model_dump(mode="json", exclude={"source", "made_with"})
+        for name, default in _LATER_SCORING.items():
+            if found["scoring"][name] == default:
+                del found["scoring"][name]
+        return found
 
     @property
     def cache_id(self) -> str:
@@ -145,6 +190,8 @@ class Receipt(_Model):
     tail_prior_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     sum_tail_mass: float = Field(ge=0)
     sum_unc: float = Field(ge=0)
+    sum_sketch_kl: float | None = Field(default=None, ge=0)
+    sum_residual_mass: float | None = Field(default=None, ge=0)
     seconds: float = Field(ge=0)
 
 

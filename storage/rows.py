@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from storage import schema
+from storage import quantization, schema
 from storage.errors import CacheError
 
 
@@ -75,14 +75,15 @@ class Rows:
         return cls(np.concatenate([part.sequence_id for part in parts]), lists)
 
     def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:
-        """An Arrow table with exactly `columns`; values are cast to the columns' types."""
+        """An Arrow table with exactly `columns`; values are cast to the columns' types, or made codes."""
         arrays: list[pa.Array] = []
         for column in columns:
             if not column.is_list:
                 arrays.append(pa.array(self.sequence_id, column.element))
                 continue
             ragged = self.lists[column.name]
-            values = pa.array(ragged.values.astype(column.element.to_pandas_dtype(), copy=False), column.element)
+            stored = quantization.encode(ragged.values) if column.element == pa.uint8() else ragged.values
+            values = pa.array(stored.astype(column.element.to_pandas_dtype(), copy=False), column.element)
             if ragged.offsets[-1] > np.iinfo(np.int32).max:
                 raise CacheError(f"column {column.name} of one shard has over 2^31 values; use smaller shards")
             arrays.append(pa.ListArray.from_arrays(pa.array(ragged.offsets.astype(np.int32)), values, type=column.type))
@@ -91,7 +92,7 @@ class Rows:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Rows:
-        """Views (copies only where Arrow holds bits or several chunks) of a table's columns."""
+        """Views (copies only where Arrow holds bits, codes or several chunks) of a table's columns."""
         lists: dict[str, Ragged] = {}
         sequence_id = np.arange(len(table), dtype=np.int64)
         for name in table.column_names:
@@ -107,5 +108,8 @@ class Rows:
             values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
             if values.null_count:
                 raise CacheError(f"column {name} has nulls inside its lists")
-            lists[name] = Ragged(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+            numbers = values.to_numpy(zero_copy_only=False)
+            if numbers.dtype == np.uint8:
+                numbers = quantization.decode(numbers, float(table.schema.metadata[schema.META_STEP]))
+            lists[name] = Ragged(numbers, offsets - offsets[0])
         return cls(sequence_id, lists)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 FORMAT_VERSION = 1
@@ -21,13 +22,17 @@ FORMAT_VERSION = 1
 META_FORMAT = b"teacher_logit_cache.format_version"
 META_CACHE_ID = b"teacher_logit_cache.cache_id"
 META_SHARD = b"teacher_logit_cache.shard"
+# Only where `top_logprobs` are codes: a code c stands for -(step * c)^2 nats.
+META_STEP = b"teacher_logit_cache.top_logprobs_step"
 
 _TEMPERATURE_PREFIX = "tail_logmass_T"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `per` says what its list counts: ids (L), positions (L-1), entries (E), stored positions x M."""
+    """One column. `per` says what its list counts: ids (L), positions (L-1), entries (E), stored positions (P), these
+    times the samples (M) or the codes (r) of each.
+    """
 
     name: str
     element: pa.DataType
@@ -47,6 +52,11 @@ class Column:
         return pa.list_(pa.field("element", self.element, nullable=False))
 
     @property
+    def dtype(self) -> np.dtype:
+        """Of its values in memory. Codes are log-probabilities there."""
+        return np.dtype(np.float32 if self.element == pa.uint8() else self.element.to_pandas_dtype())
+
+    @property
     def field(self) -> pa.Field:
         return pa.field(self.name, self.type, nullable=False, metadata={"unit": self.unit, "per": self.per})
 
@@ -61,9 +71,17 @@ TAIL_LOGMASS = Column(
 ENTROPY = Column(
     "entropy", pa.float16(), "L-1", "nats", "entropy of the full distribution; absent where the engine cannot tell"
 )
-TOP_COUNT = Column("top_count", pa.uint16(), "L-1", "entries", "top-N entries of this position; 0 where masked out")
+TOP_COUNT = Column(
+    "top_count",
+    pa.uint16(),
+    "L-1",
+    "entries",
+    "top-N entries of this position (adaptive N: of its prefix); 0 where masked out",
+)
 TOP_IDS = Column("top_ids", pa.int32(), "E", "token id", "ids of the entries, most probable first")
-TOP_LOGPROBS = Column("top_logprobs", pa.float16(), "E", "nats", "their log-probabilities, descending")
+TOP_LOGPROBS = Column(
+    "top_logprobs", pa.float16(), "E", "nats", "their log-probabilities, descending; as codes c: -(step c)^2"
+)
 TAIL_SAMPLES = Column(
     "tail_samples",
     pa.int32(),
@@ -71,6 +89,33 @@ TAIL_SAMPLES = Column(
     "token id",
     "M ids per stored position drawn from the tail in proportion to p, one from each M-th of its mass in id order, "
     "so an id may come twice; -1 where the tail is empty",
+    optional=True,
+)
+
+SKETCH_CODES = Column(
+    "sketch_codes",
+    pa.int8(),
+    "P*r",
+    "steps",
+    "code z of the teacher's last hidden state; with `sketch.safetensors` the logits of the tail are about "
+    "bias + basis (scales * z)",
+    optional=True,
+)
+RESIDUAL_SAMPLES = Column(
+    "residual_samples",
+    pa.int32(),
+    "P*M",
+    "token id",
+    "M ids per stored position drawn from the tail in proportion to |p - w|, w the tail that the codes give, both "
+    "summing to 1: the id where p > w, else -(id + 1); of no meaning where residual_mass is 0",
+    optional=True,
+)
+RESIDUAL_MASS = Column(
+    "residual_mass",
+    pa.float16(),
+    "P",
+    "probability",
+    "R, the sum of |p - w| over the tail: w + R / M times the signed samples has the expectation p",
     optional=True,
 )
 
@@ -86,7 +131,7 @@ _STANDARD = (
     TOP_LOGPROBS,
 )
 
-LOGPROB_TYPES = {16: pa.float16(), 32: pa.float32()}
+LOGPROB_TYPES = {8: pa.uint8(), 16: pa.float16(), 32: pa.float32()}
 # A uint16 count bounds the entries of a position.
 MAX_TOP_N = 65_535
 
@@ -110,7 +155,12 @@ def column_temperature(name: str) -> float | None:
 
 
 def columns(
-    logprob_bits: int = 16, temperatures: Iterable[float] = (), tail_samples: int = 0, entropy: bool = True
+    logprob_bits: int = 16,
+    temperatures: Iterable[float] = (),
+    tail_samples: int = 0,
+    entropy: bool = True,
+    sketch_rank: int = 0,
+    residual_samples: int = 0,
 ) -> tuple[Column, ...]:
     """The columns of a cache with these options, in file order."""
     logprobs = Column(**{**TOP_LOGPROBS.__dict__, "element": LOGPROB_TYPES[logprob_bits]})
@@ -120,17 +170,22 @@ def columns(
     chosen += [temperature_column(t) for t in sorted(temperatures)]
     if tail_samples:
         chosen.append(TAIL_SAMPLES)
+    if sketch_rank:
+        chosen.append(SKETCH_CODES)
+    if residual_samples:
+        chosen += [RESIDUAL_SAMPLES, RESIDUAL_MASS]
     return tuple(chosen)
 
 
 def format_markdown() -> str:
     """The column table of `docs/format.md`."""
     rows = [*_STANDARD, Column(**{**temperature_column(2).__dict__, "name": "tail_logmass_T…"}), TAIL_SAMPLES]
+    rows += [SKETCH_CODES, RESIDUAL_SAMPLES, RESIDUAL_MASS]
     lines = ["| column | type | length | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     for column in rows:
         kind = f"list<{column.element}>" if column.is_list else str(column.element)
         if column is TOP_LOGPROBS:
-            kind += "` or `list<float>"
+            kind += "`, `list<float>` or `list<uint8>"
         kind = kind.replace("halffloat", "float16").replace("<float>", "<float32>")
         meaning = column.meaning + (" (optional)" if column.optional else "")
         lines.append(f"| `{column.name}` | `{kind}` | {column.per} | {column.unit} | {meaning} |")

@@ -6,7 +6,7 @@ is not: DuckDB cannot read it so); everything is zstd-compressed and every page 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from typing import IO
@@ -20,6 +20,7 @@ from storage.errors import CacheError
 from storage.files import atomic_file
 from storage.manifest import Manifest
 from storage.places import Place
+from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
 
 ZSTD_LEVEL = 3
@@ -62,11 +63,14 @@ def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Wri
 
 def shard_metadata(manifest: Manifest, index: int) -> dict[bytes, bytes]:
     """What a shard says of itself, so that a swapped, renamed or foreign one is recognised."""
-    return {
+    found = {
         schema.META_FORMAT: str(schema.FORMAT_VERSION).encode(),
         schema.META_CACHE_ID: manifest.cache_id.encode(),
         schema.META_SHARD: str(index).encode(),
     }
+    if manifest.scoring.logprob_bits == 8:
+        found[schema.META_STEP] = str(LOGPROB_STEP).encode()
+    return found
 
 
 def read_shard(
@@ -138,13 +142,15 @@ def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[s
         stored = _sums(rows["loss_mask"].values, rows["loss_mask"].offsets)
     if "top_count" in rows.lists:
         counts = _sums(rows["top_count"].values.astype(np.int64), rows["top_count"].offsets)
+    per_position = manifest.scoring.per_stored_position
     for name, ragged in rows.lists.items():
         expected = {
             "L": positions + 1,
             "L-1": positions,
             "E": counts,
-            "P*M": None if stored is None else stored * manifest.scoring.tail_samples,
-        }[columns[name].per]
+        }.get(columns[name].per)
+        if stored is not None and name in per_position:
+            expected = stored * per_position[name]
         if expected is not None and (row := _first(ragged.lengths != expected)) is not None:
             yield (
                 f"row {row}: {name} holds {ragged.lengths[row]} values, "
@@ -191,8 +197,11 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
                 yield f"{row_of(at)}: {name} is {at_temperature[at]:g}, not the logarithm of a sum"
     if (at := _first((counts > 0) != mask.values)) is not None:
         yield f"{row_of(at)}: top_count is {counts[at]} where the loss mask is {bool(mask.values[at])}"
-    if (at := _first(counts > manifest.scoring.top_n)) is not None:
-        yield f"{row_of(at)}: top_count is {counts[at]}, this cache keeps {manifest.scoring.top_n}"
+    scoring = manifest.scoring
+    fewest = scoring.min_n if scoring.tail_epsilon else scoring.top_n
+    if (at := _first((counts > scoring.top_n) | ((counts > 0) & (counts < fewest)))) is not None:
+        keeps = f"{fewest}..{scoring.top_n}" if fewest < scoring.top_n else scoring.top_n
+        yield f"{row_of(at)}: top_count is {counts[at]}, this cache keeps {keeps}"
     starts = np.concatenate([[0], np.cumsum(counts)])
     position_of_entry = np.repeat(np.arange(len(counts)), counts)
     if (at := _first((top_ids < 0) | (top_ids >= manifest.vocabulary_size))) is not None:
@@ -212,6 +221,11 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
         drawn = position_of_sample * manifest.vocabulary_size + samples
         if (at := _first(np.isin(drawn, kept) & (samples >= 0))) is not None:
             yield f"{row_of(int(position_of_sample[at]))}: tail sample {samples[at]} is in the top-N"
+    if "sketch_codes" in rows.lists and (at := _first(rows["sketch_codes"].values == -128)) is not None:
+        position = int(np.flatnonzero(mask.values)[at // manifest.scoring.per_stored_position["sketch_codes"]])
+        yield f"{row_of(position)}: a sketch code is -128, they are -127..127"
+    if "residual_samples" in rows.lists and "residual_mass" in rows.lists:
+        yield from _residual_problems(rows, manifest, position_of_entry * manifest.vocabulary_size + top_ids, row_of)
     ascending = np.diff(top_logprobs) > 0
     ascending &= position_of_entry[1:] == position_of_entry[:-1] if len(position_of_entry) else False
     if (at := _first(ascending)) is not None:
@@ -227,12 +241,14 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     keep = np.ones(len(ids.values), bool)
     keep[ids.offsets[:-1]] = False
     gold = ids.values[keep]
-    # What rounding to the stored precision may do to a log-probability.
-    precision = 2.0**-10 if manifest.scoring.logprob_bits == 16 else 2.0**-20
     is_gold = top_ids == gold[position_of_entry]
     entry_position = position_of_entry[is_gold]
-    gap = np.abs(top_logprobs[is_gold] - gold_logprob[entry_position])
-    wrong = gap > 1e-4 + precision * np.abs(gold_logprob[entry_position])
+    above = gold_logprob[entry_position] - top_logprobs[is_gold]
+    gap = np.abs(above)
+    error = rounding(top_logprobs, scoring.logprob_bits)
+    # The last code stands for all below it, but not for more.
+    upward = np.where(np.isinf(error), 1.0, error)
+    wrong = ~(gap <= 1e-4 + error[is_gold]) | (above > 1e-4 + upward[is_gold])
     if (at := _first(wrong)) is not None:
         yield (
             f"{row_of(int(entry_position[at]))}: gold_logprob disagrees with gold's own entry by {gap[at]:.3g} nats "
@@ -241,16 +257,48 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     gold_in_top = np.zeros(len(counts), bool)
     gold_in_top[entry_position] = True
     stored = counts > 0
+    if epsilon := scoring.tail_epsilon:
+        heavy = stored & (counts < scoring.top_n) & ~(np.exp(tail) <= epsilon * (1 + 1e-5))
+        if (at := _first(heavy)) is not None:
+            yield (
+                f"{row_of(at)}: {counts[at]} entries leave a tail of {np.exp(tail[at]):.3g}, this cache stops below "
+                f"{scoring.top_n} entries only where less than {epsilon:g} is left"
+            )
     last = np.full(len(counts), np.inf)
-    last[stored] = top_logprobs[starts[1:][stored] - 1]
-    outside = stored & ~gold_in_top & (gold_logprob > last + 1e-4 + precision * np.abs(last))
+    at_end = starts[1:][stored] - 1
+    last[stored] = top_logprobs[at_end] + upward[at_end]
+    outside = stored & ~gold_in_top & (gold_logprob > last + 1e-4)
     if (at := _first(outside)) is not None:
         yield f"{row_of(at)}: gold is outside the top-N yet more probable than its last entry (positions shifted?)"
-    total = np.add.reduceat(np.append(np.exp(top_logprobs), 0.0), starts[:-1])
+    p = np.append(np.exp(top_logprobs), 0.0)
+    total = np.add.reduceat(p, starts[:-1])
     total = np.where(stored, total, 0.0) + np.exp(tail) + np.where(gold_in_top, 0.0, np.exp(gold_logprob))
-    slack = 1e-3 if manifest.scoring.logprob_bits == 32 else 8e-3
+    slack = np.full(len(counts), 8e-3 if scoring.logprob_bits == 16 else 1e-3)
+    if scoring.logprob_bits == 8:
+        slack += np.add.reduceat(p * np.expm1(np.append(np.minimum(error, 1.0), 0.0)), starts[:-1])
     if (at := _first(stored & ~(np.abs(total - 1.0) <= slack))) is not None:
         yield f"{row_of(at)}: the kept set and the tail sum to {total[at]:.5f}, not 1"
+
+
+def _residual_problems(rows: Rows, manifest: Manifest, kept: np.ndarray, row_of: Callable[[int], str]) -> Iterator[str]:
+    """kept: int64 `[E]`, position times the vocabulary plus id of every entry."""
+    stored = np.flatnonzero(rows["loss_mask"].values)
+    mass = rows["residual_mass"].values.astype(np.float64)
+    # float16 may round up what is at most 2.
+    if (at := _first(~((mass >= 0) & (mass <= 2.0 + 2.0**-9)))) is not None:
+        yield f"{row_of(int(stored[at]))}: residual_mass is {mass[at]:g}, not between 0 and 2"
+    samples = rows["residual_samples"].values.astype(np.int64)
+    per_position = manifest.scoring.per_stored_position["residual_samples"]
+    positions = np.repeat(stored, per_position)
+    ids = np.where(samples < 0, -samples - 1, samples)
+    if (at := _first(ids >= manifest.vocabulary_size)) is not None:
+        yield (
+            f"{row_of(int(positions[at]))}: residual sample {samples[at]} is outside "
+            f"-{manifest.vocabulary_size}..{manifest.vocabulary_size - 1}"
+        )
+    inside = np.isin(positions * manifest.vocabulary_size + ids, kept) & np.repeat(mass > 0, per_position)
+    if (at := _first(inside)) is not None:
+        yield f"{row_of(int(positions[at]))}: residual sample {samples[at]} is in the top-N"
 
 
 def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -43,6 +43,12 @@ def copy_cache(
         cache.expect({*before, *wanted})
     else:
         cache.expect(wanted)
+    if (sketch := source.manifest.scoring.sketch) is not None:
+        assert sketch.sha256 is not None
+        try:
+            cache.check_sketch()
+        except CacheError:
+            _copy_file(source.sketch_path, cache.sketch_path, sketch.sha256)
     cache.write_tokenizer(lambda folder: shutil.copytree(source.tokenizer_path, folder, dirs_exist_ok=True))
 
     def copy(index: int) -> bool:

@@ -102,6 +102,8 @@ def command(directory: str, as_json: bool, **given: Any) -> None:
         drawn = []
         if ours.samples_that_differ is not None and control.samples_that_differ is not None:
             drawn = [("tail samples that differ", _shares(ours.samples_that_differ, control.samples_that_differ))]
+        if ours.codes_that_differ is not None and control.codes_that_differ is not None:
+            drawn += [("sketch codes that differ", _shares(ours.codes_that_differ, control.codes_that_differ))]
         summary(
             "audit",
             [

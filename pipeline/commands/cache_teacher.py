@@ -38,10 +38,19 @@ _TURNS = ("all", "last", "each")
     "--top-n",
     default=None,
     type=click.IntRange(1, 65535),
-    show_default="4; 64 without tail samples or with --temperature",
+    show_default="4; 64 without samples, with --temperature or --tail-epsilon",
     help="Tokens kept per position, most probable first. Samples stand for the rest; keep more, say 64, for students "
     "that cannot use samples: reverse, jsd, tvd, and temperatures other than 1.",
 )
+@click.option(
+    "--tail-epsilon",
+    default=0.0,
+    type=click.FloatRange(0, 1, max_open=True),
+    show_default="off: every position keeps --top-n",
+    help="Keep, at each position, only as many of the --top-n most probable tokens as leave less than this mass in the "
+    "tail.",
+)
+@click.option("--min-n", default=1, type=click.IntRange(1, 65535), help="With --tail-epsilon, keep at least this many.")
 @click.option(
     "--temperature",
     "temperatures",
@@ -54,8 +63,37 @@ _TURNS = ("all", "last", "each")
     "--tail-samples",
     default=None,
     type=click.IntRange(0),
-    show_default="28; 0 with a server or --vllm-route prompt-logprobs",
+    show_default="28; 0 with a sketch, a server or --vllm-route prompt-logprobs",
     help="Ids drawn from the tail at each position, in proportion to their probability.",
+)
+@click.option(
+    "--sketch-rank",
+    default=None,
+    type=click.IntRange(1, 4096),
+    show_default="no sketch",
+    help="Keep a code of this many bytes per position that says what the teacher's whole tail looks like, as the best "
+    "approximation of its logits of this rank. Up to the teacher's hidden size; engines transformers and vllm.",
+)
+@click.option(
+    "--residual-samples",
+    default=None,
+    type=click.IntRange(0),
+    show_default="8 with --sketch-rank",
+    help="Signed ids drawn at each position from what the sketch misses, which make it unbiased.",
+)
+@click.option(
+    "--sketch-positions",
+    default=None,
+    type=click.IntRange(1),
+    show_default="32768",
+    help="Positions with a loss, from the start of the corpus, on which the sketch is calibrated.",
+)
+@click.option(
+    "--sketch-from",
+    metavar="DIR_OR_URL",
+    type=click.Path(),
+    show_default="none",
+    help="Take the sketch of another cache of this teacher, so that students can be trained from both with it.",
 )
 @click.option(
     "--engine",
@@ -130,8 +168,9 @@ _TURNS = ("all", "last", "each")
 @click.option(
     "--logprob-bits",
     default="16",
-    type=click.Choice(["16", "32"]),
-    help="Bits of a stored top-N log-probability; gold and tail always have 32.",
+    type=click.Choice(["8", "16", "32"]),
+    help="Bits of a stored top-N log-probability; gold and tail always have 32. 8: "
+    "within 0.013 nats at -0.25, 0.025 at -1, 0.05 at -4.",
 )
 @click.option(
     "--shard-tokens", default=1 << 18, type=click.IntRange(2), help="Tokens per shard: what a kill can cost at most."
@@ -172,7 +211,7 @@ def command(**given: Any) -> None:
       pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
       pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
     """
-    from stages.caching import prepare, run
+    from stages.caching import calibrate, prepare, run
 
     prepared = prepare(cache_options(given))
     report_corpus(prepared.report)
@@ -185,6 +224,11 @@ def command(**given: Any) -> None:
     tokens = prepared.manifest.corpus.tokens
     if prepared.pending:
         click.echo("loading the teacher", err=True)
+    if (sequences := prepared.calibration) is not None:
+        click.echo("calibrating the sketch on the first positions", err=True)
+        with Progress("calibrating", sum(len(s.input_ids) for s in sequences)) as progress:
+            calibrate(prepared, progress.advance)
+    if prepared.pending:
         with Progress("caching", tokens, done_before=prepared.done_tokens) as progress:
             cache, numbers = run(prepared, progress.advance)
     else:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.progress import summary, table
 from pipeline.reports import summary_rows
 from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from storage.cache import Cache
 
 
 @click.command("inspect")
@@ -70,6 +74,8 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
             ("made with", ", ".join(f"{name} {version}" for name, version in manifest.made_with.items())),
         ],
     )
+    if manifest.scoring.sketch is not None:
+        _explained(cache)
     gold = int(ids[position + 1])
     gold_logprob = float(rows["gold_logprob"][row][position])
     before = tokenizer.decode(ids[max(0, position - 40) : position + 1])
@@ -102,5 +108,31 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
             for rank, (token, logprob) in enumerate(
                 zip(rows["top_ids"][row][shown].tolist(), rows["top_logprobs"][row][shown].tolist(), strict=True), 1
             )
+        ],
+    )
+
+
+def _explained(cache: Cache) -> None:
+    """What other ranks would do: the share of the variance of the teacher's logits, over what it was calibrated on."""
+    from pipeline.numbers import format_bytes
+
+    sketch = cache.sketch()
+    explained = sketch.tensors["explained"]
+    rank = len(sketch.tensors["scales"])
+    ranks = sorted({rank, len(explained), *(1 << power for power in range(len(explained).bit_length()))})
+    summary(
+        "sketch",
+        [
+            ("calibrated on", f"{sketch.about.get('positions', 'unknown')} positions"),
+            ("size", format_bytes(cache.sketch_path.stat().st_size)),
+        ],
+    )
+    table(
+        "share of the logits' variance by rank",
+        ["rank", "explained"],
+        [
+            (f"{each}{' <- this cache' if each == rank else ''}", f"{explained[each - 1]:.4f}")
+            for each in ranks
+            if each <= len(explained)
         ],
     )

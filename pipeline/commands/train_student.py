@@ -147,10 +147,11 @@ _OBJECTIVE = (
 @click.option(
     "--tail",
     default="auto",
-    type=click.Choice(["auto", "bucket", "drop", "prior", "sampled"]),
+    type=click.Choice(["auto", "bucket", "drop", "prior", "sampled", "sketch"]),
     help="What stands for the teacher outside the kept tokens: one lump; nothing; the cache's mean tail distribution; "
-    "or the tokens drawn from it (cache-teacher --tail-samples). auto: sampled where the cache holds samples and the "
-    "objective can use them, else prior; bucket for reverse, jsd and tvd.",
+    "the tokens drawn from it (cache-teacher --tail-samples); or what the codes of each position give back, corrected "
+    "by residual samples (cache-teacher --sketch-rank). auto: sketch or sampled where the cache holds it and the "
+    "objective can use it, else prior, or bucket for reverse, jsd and tvd.",
 )
 @click.option(
     "--tail-gamma",

@@ -10,12 +10,11 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from stages.teacher_server import Patience, ServerTeacher, server_command
 from storage.cache import Cache
 from storage.errors import UserError
 from tests.conftest import VOCABULARY, Finished, Tiny, make_model
+from tests.http_server import LocalServer
 from tests.pipeline.test_bad_input import one_sentence
 
 needs_vllm = pytest.mark.skipif(
@@ -258,14 +258,8 @@ class Mortal:
 
             do_POST = do_GET
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        self.http = LocalServer(Handler)
+        self.url = self.http.url
 
 
 @needs_vllm
@@ -286,7 +280,7 @@ def test_a_server_that_dies_half_way_and_the_same_command_goes_on(
     assert 0 < len(receipts) < len(by_transformers.manifest.shards)
     mortal.left = 1 << 30
     done = pipeline(*command)
-    mortal.close()
+    mortal.http.close()
     assert done.code == 0, done.err
     assert f"{len(receipts)} of {len(by_transformers.manifest.shards)} shards are done already" in done.err
     for name, receipt in receipts.items():

@@ -9,13 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from stages.caching import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_ALONE, CacheOptions
+from stages.divergence import teacher_terms
 from stages.engines import EngineOptions
+from stages.objective import Objective
+from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.teacher import Scored
 from stages.teacher_transformers import TransformersTeacher
 from storage.cache import Cache
+from storage.errors import CacheError
+from storage.rows import Ragged, Rows
+from storage.shard import value_problems
+from tests import reference
+from tests.conftest import Tiny
+from tests.storage.synthetic import make_manifest
 
 
 def test_the_teacher_never_waits_for_the_disk(
@@ -67,3 +79,57 @@ def test_tail_samples_are_drawn_where_the_engine_can(engine: dict, given: int | 
     assert options.statistics().top_n == (DEFAULT_TOP_N if samples else DEFAULT_TOP_N_ALONE)
     assert replace(options, temperatures=(2.0,)).statistics().top_n == DEFAULT_TOP_N_ALONE
     assert replace(options, top_n=9).statistics().top_n == 9
+    assert replace(options, tail_epsilon=0.1).statistics().top_n == DEFAULT_TOP_N_ALONE
+
+
+def test_a_cache_of_adaptive_n(make_cache: Callable[..., Any], tiny: Tiny, tmp_path: Path, pipeline: Callable) -> None:
+    """What the shards say is the teacher's, position by position; it verifies, and students train from it."""
+    epsilon, cap, floor = 0.25, 24, 2
+    cache = make_cache(tmp_path / "a", top_n=cap, tail_epsilon=epsilon, min_n=floor, tail_samples=4, logprob_bits=32)
+    assert pipeline("verify", cache.path).code == 0
+    assert "2 to 24, until less than 0.25 is left" in pipeline("inspect", cache.path).out
+    model = AutoModelForCausalLM.from_pretrained(tiny.teacher).double()
+    rows = cache.read_shard(0)
+    for row in range(3):
+        ids, counts = rows["input_ids"][row], rows["top_count"][row]
+        ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        logits = model(torch.tensor(ids[None].astype(np.int64))).logits[0].detach().numpy()
+        for position in range(0, len(counts), 7):
+            gold = int(ids[position + 1])
+            for count in range(floor, cap + 1):
+                expected = reference.position_statistics(logits[position], gold, count)
+                if np.exp(expected["tail_logmass"]) < epsilon:
+                    break
+            assert counts[position] == count
+            entries = slice(ends[position], ends[position + 1])
+            assert rows["top_ids"][row][entries].tolist() == expected["top_ids"].tolist()
+            np.testing.assert_allclose(rows["top_logprobs"][row][entries], expected["top_logprobs"], atol=1e-4)
+            np.testing.assert_allclose(rows["tail_logmass"][row][position], expected["tail_logmass"], atol=1e-4)
+    assert len(set(rows["top_count"].values)) > 4
+    dataset = ShardDataset(cache, np.arange(3), extra=("tail_samples",))
+    batch = Collator(Objective("kl"), cache.manifest.vocabulary_size).batch([dataset[i] for i in range(3)])
+    terms = teacher_terms(teacher_rows(as_tensors(batch)), "sampled")
+    total = terms.gold.exp() + terms.nongold.exp() * (terms.entries.exp().sum(1) + terms.tail.exp())
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-4, rtol=0)
+    with pytest.raises(CacheError, match=r"scoring.tail_epsilon: 0.25, not 0.5"):
+        make_cache(cache.path, top_n=cap, tail_epsilon=0.5, min_n=floor, tail_samples=4, logprob_bits=32)
+    heavier = rows["tail_logmass"].values.copy()
+    counts = rows["top_count"].values
+    heavier[np.argmax((counts > 0) & (counts < cap))] = np.log(0.3)
+    changed = Rows(rows.sequence_id, {**rows.lists, "tail_logmass": Ragged(heavier, rows["tail_logmass"].offsets)})
+    assert any("only where less than 0.25 is left" in problem for problem in value_problems(changed, cache.manifest))
+
+
+def test_an_identity_from_before_adaptive_n() -> None:
+    """Caches that were made when the fields did not exist keep their id."""
+    manifest = make_manifest()
+    assert "tail_epsilon" not in manifest.identity["scoring"]
+    adaptive = make_manifest(tail_epsilon=0.1)
+    assert adaptive.identity["scoring"]["tail_epsilon"] == 0.1 and adaptive.cache_id != manifest.cache_id
+
+
+@pytest.mark.parametrize("arguments", [["--min-n", "9", "--tail-epsilon", "0.1"], ["--min-n", "2"]])
+def test_a_floor_that_cannot_be(arguments: list[str], tiny: Tiny, tmp_path: Path, pipeline: Callable) -> None:
+    given = ["--teacher", tiny.teacher, "--dataset", tiny.corpus, "--output", tmp_path / "c", "--top-n", "8"]
+    ended = pipeline("cache-teacher", *given, *arguments)
+    assert ended.code == 2 and "--min-n" in ended.err and not (tmp_path / "c").exists()

@@ -14,6 +14,7 @@ from stages.causal_lm import BodyAndHead
 from stages.divergence import StudentTerms, TeacherRows, divergences, student_terms, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import OBJECTIVES, Objective, coefficients, compare, weighted_sum
+from stages.sketch import Sketch
 from stages.tail import TAIL_MODES, Tail, log_prior
 from tests.stages.test_divergence import kept_rows
 
@@ -54,6 +55,7 @@ def setting(kind: str, objective: Objective, top_n: int, dtype: torch.dtype):
     weights = coefficients(objective, hard, dtype=dtype)
     hidden = torch.tensor(generator.standard_normal((ROWS, WIDTH)), dtype=dtype)
     rows.tail_samples = tail_samples(rows, generator)
+    add_sketch(rows, teacher, generator)
     head = nn.Linear(WIDTH, VOCABULARY, bias=kind == "linear with bias") if "linear" in kind else Head(kind)
     return head.to(dtype), hidden, rows, terms, weights
 
@@ -68,7 +70,26 @@ def tail_samples(rows: TeacherRows, generator: np.random.Generator) -> torch.Ten
     return drawn
 
 
-def make_tail(mode: str) -> Tail:
+def add_sketch(rows: TeacherRows, teacher: np.ndarray, generator: np.random.Generator) -> None:
+    """Codes and signed residual samples as a cache would hold them, but at random; some ids beyond the student's."""
+    rows.sketch_codes = torch.tensor(generator.integers(-20, 21, (ROWS, 3)), dtype=torch.int8)
+    ids = np.where(rows.tail_samples >= 0, rows.tail_samples, 0)
+    rows.residual_samples = torch.tensor(np.where(generator.random(ids.shape) < 0.5, ids, -1 - ids))
+    rows.residual_samples[3:5, 0] = torch.tensor([VOCABULARY + 3, -(VOCABULARY + 4)])
+    rows.residual_mass = torch.tensor(generator.random(ROWS) * 1.5).half()
+    rows.residual_mass[rows.tail_logmass == float("-inf")] = 0.0
+
+
+def make_sketch(vocabulary: int) -> Sketch:
+    generator = torch.Generator().manual_seed(5)
+    basis, bias = torch.randn((vocabulary, 3), generator=generator), torch.randn(vocabulary, generator=generator)
+    return Sketch(basis, bias, torch.zeros(3, 2), torch.zeros(2), torch.full((3,), 0.06), torch.ones(2), soft_cap=3.0)
+
+
+def make_tail(mode: str, objective: Objective | None = None) -> Tail:
+    if mode == "sketch":
+        # A teacher's vocabulary that is narrower than the student's.
+        return (objective or Objective(tail="sketch")).sketch_tail(make_sketch(VOCABULARY - 2))
     prior = torch.linspace(1, 3, VOCABULARY).softmax(0)
     return Tail(mode, 0.6, log_prior(prior))
 
@@ -83,15 +104,17 @@ def loss_of(objective, terms, weights) -> Callable[[StudentTerms, slice], torch.
 HEADS = ("linear", "linear with bias", "plain", "bias", "capped", "scaled", "lora")
 CASES = [("atkd", top_n, tail, kind) for top_n in (1, 6, VOCABULARY) for tail in TAIL_MODES for kind in HEADS]
 CASES += [(name, 6, tail, "linear") for name in OBJECTIVES for tail in TAIL_MODES]
-CASES = [case for case in CASES if not Objective(name=case[0], tail=case[2]).problem()]
+CASES += [("kl", top_n, "sketch-reverse", kind) for top_n in (1, VOCABULARY) for kind in ("linear", "capped")]
+CASES = [case for case in CASES if case[2] == "sketch-reverse" or not Objective(name=case[0], tail=case[2]).problem()]
 
 
 @pytest.mark.parametrize(("name", "top_n", "tail", "kind"), CASES)
 def test_equal_to_the_full_form(name: str, top_n: int, tail: str, kind: str) -> None:
-    objective = Objective(name=name, tail=tail, ce_weight=0.2)
+    tail, _, direction = tail.partition("-")
+    objective = Objective(name=name, tail=tail, direction=direction or "forward", ce_weight=0.2)
     head, hidden, rows, terms, weights = setting(kind, objective, top_n, torch.float32)
     whole = hidden.clone().requires_grad_()
-    mode = make_tail(tail)
+    mode = make_tail(tail, objective)
     expected = weighted_sum(compare(objective, student_terms(head(whole), rows, mode), terms), weights)
     parameters = [p for p in head.parameters() if p.requires_grad]
     expected_gradients = torch.autograd.grad(expected, [whole, *parameters])
@@ -125,11 +148,28 @@ def test_equal_to_the_full_form(name: str, top_n: int, tail: str, kind: str) -> 
     torch.testing.assert_close(silent, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tail", ["bucket", "drop", "sampled"])  # the shape of `prior` is held constant
+@pytest.mark.parametrize("tail", ["bucket", "drop", "sampled", "sketch"])  # the shape of `prior` is held constant
 @pytest.mark.parametrize("name", ["atkd", "kl"])
 @pytest.mark.parametrize("kind", ["linear", "capped"])
 def test_gradcheck(kind: str, name: str, tail: str) -> None:
     objective = Objective(name=name, tail=tail)
+    mode = make_tail(tail, objective)
+    check_gradients(kind, objective, mode)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "given",
+    [{"name": "kl", "direction": "reverse"}, {"direction": "reverse"}, {"name": "jsd", "beta": 0.3}, {"name": "tvd"}],
+    ids=["reverse kl", "reverse atkd", "jsd", "tvd"],
+)
+@pytest.mark.parametrize("kind", ["linear", "capped"])
+def test_gradcheck_of_what_a_sketch_is_compared_by(kind: str, given: dict[str, Any], temperature: float) -> None:
+    objective = Objective(**given, tail="sketch", temperature=temperature)
+    check_gradients(kind, objective, make_tail("sketch", objective))
+
+
+def check_gradients(kind: str, objective: Objective, mode: Tail) -> None:
     head, hidden, rows, terms, weights = setting(kind, objective, 5, torch.float64)
 
     def call(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -142,7 +182,7 @@ def test_gradcheck(kind: str, name: str, tail: str) -> None:
             rows,
             loss_of(objective, terms, weights),
             vocabulary_size=VOCABULARY,
-            tail=Tail(tail),
+            tail=mode,
             temperature=1.5,
         )
 

@@ -18,6 +18,7 @@ from stages.corpus import CorpusReport
 from stages.engines import EngineOptions
 from storage import schema
 from storage.cache import Cache
+from storage.manifest import ScoringOptions, SketchIdentity
 from tests.conftest import Finished, Tiny
 
 
@@ -64,6 +65,14 @@ def test_a_probe_measures_the_bytes(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sketch_is_planned_and_probed(options: CacheOptions) -> None:
+    sketched = replace(options, top_n=4, tail_samples=None, sketch_rank=8, residual_samples=4)
+    estimated, measured = planning.plan(sketched), planning.plan(sketched, probe=12)
+    assert {"sketch_codes", "residual_samples", "residual_mass"} <= {column.name for column in estimated.columns}
+    assert [(c.name, c.values) for c in estimated.columns] == [(c.name, c.values) for c in measured.columns]
+    assert measured.bytes_per_token == pytest.approx(estimated.bytes_per_token, rel=0.3)
+
+
 def test_when_it_has_paid() -> None:
     """The formula of docs/planning.md with numbers done by hand."""
     report = CorpusReport(10, 0, 0, 0, 0, 0, 10, 100_000, 99_990, 99_990)
@@ -80,23 +89,31 @@ def test_when_it_has_paid() -> None:
     assert plan.shard_bytes == pytest.approx(50 * 100_000)
 
 
+def scored(top_n: int, samples: int, **more: Any) -> ScoringOptions:
+    return ScoringOptions(engine="vllm", dtype="float32", top_n=top_n, tail_samples=samples, max_length=256, **more)
+
+
 def test_every_column_of_the_format_can_be_planned() -> None:
     report = CorpusReport(10, 0, 0, 0, 0, 0, 10, 1000, 990, 500)
+    sketch = SketchIdentity(rank=16, residual_samples=8, positions=100)
     for bits in schema.LOGPROB_TYPES:
-        for column in schema.columns(bits, (2.0,), 28):
-            assert planning.column_values(column, report, 4, 28) > 0
-            assert 0 < planning.stored_bytes(column, 32_000, 4) <= column.element.bit_width / 8 + 1e-9 or (
-                column.name == "loss_mask"
-            )
+        scoring = scored(4, 28, logprob_bits=bits, temperatures=(2.0,), sketch=sketch)
+        values = {column.name: planning.column_values(column, report, scoring) for column in scoring.columns}
+        assert all(values.values())
+        assert (values["tail_samples"], values["sketch_codes"]) == (500 * 28, 500 * 16)
+        assert (values["residual_samples"], values["residual_mass"]) == (500 * 8, 500)
+        for column in scoring.columns:
+            assert 0 < planning.stored_bytes(column, 32_000, 4) <= column.element.bit_width / 8
 
 
 def test_estimates_against_caches_of_a_trained_teacher() -> None:
     """Bytes per token of docs/fidelity.md: written shards, V = 8192, sequences of 256 ids, all of them trained on."""
     report = CorpusReport(100, 0, 0, 0, 0, 0, 100, 25_600, 25_500, 25_500)
     for top_n, samples, measured in ((4, 28, 56.7), (8, 16, 54.1), (16, 0, 54.2), (64, 0, 181.6)):
+        scoring = scored(top_n, samples)
         estimate = sum(
-            planning.column_values(column, report, top_n, samples) * planning.stored_bytes(column, 8192, top_n)
-            for column in schema.columns(16, (), samples)
+            planning.column_values(column, report, scoring) * planning.stored_bytes(column, 8192, top_n)
+            for column in scoring.columns
         )
         assert estimate / report.tokens == pytest.approx(measured, rel=0.05), (top_n, samples)
 

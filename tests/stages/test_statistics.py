@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
+from stages.statistics import StatisticsOptions, residual_uniforms, row_statistics, sample_uniforms
 from tests import reference
 
 
@@ -37,6 +37,48 @@ def test_equal_to_the_reference(scale: float, top_n: int) -> None:
             np.testing.assert_allclose(
                 found.tail_logmass_at[row, column], expected["tail_logmass_T"][temperature], atol=3e-5, rtol=1e-6
             )
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
+@pytest.mark.parametrize(("epsilon", "min_n"), [(0.5, 1), (0.1, 3), (1e-6, 1)])
+def test_adaptive_n_is_the_shortest_prefix_of_the_reference(scale: float, epsilon: float, min_n: int) -> None:
+    """Tail, temperatures, samples and prior are those of the kept prefix; what it does not change stays."""
+    cap, temperatures = 40, (2.0, 0.5)
+    logits, gold = random_rows(30, 301, scale)
+    gold[:20] = np.argsort(-logits, 1)[np.arange(20), np.arange(20) * 2]  # inside the prefix, and behind it
+    options = StatisticsOptions(cap, temperatures, tail_samples=6, tail_epsilon=epsilon, min_n=min_n)
+    uniforms = torch.tensor(np.random.default_rng(0).random((30, 6)))
+    prior = torch.zeros(301, dtype=torch.float64)
+    found = statistics(logits, gold, options, uniforms=uniforms, prior_sum=prior)
+    expected_prior = np.zeros(301)
+    counts = set()
+    for row in range(len(gold)):
+        for count in range(min_n, cap + 1):
+            expected = reference.position_statistics(logits[row], int(gold[row]), count, temperatures)
+            if np.exp(expected["tail_logmass"]) < epsilon:
+                break
+        counts.add(count)
+        assert found.top_ids[row].tolist() == [*expected["top_ids"], *[-1] * (cap - count)]
+        np.testing.assert_allclose(found.top_logprobs[row, :count], expected["top_logprobs"], atol=2e-5, rtol=1e-6)
+        assert torch.isneginf(found.top_logprobs[row, count:]).all()
+        np.testing.assert_allclose(found.gold_logprob[row], expected["gold_logprob"], atol=2e-5, rtol=1e-6)
+        np.testing.assert_allclose(found.entropy[row], expected["entropy"], atol=2e-5)
+        np.testing.assert_allclose(found.tail_logmass[row], expected["tail_logmass"], atol=2e-5, rtol=1e-6)
+        for column, temperature in enumerate(temperatures):
+            np.testing.assert_allclose(
+                found.tail_logmass_at[row, column], expected["tail_logmass_T"][temperature], atol=3e-5, rtol=1e-6
+            )
+        tail = np.exp(reference.log_softmax(logits[row]))
+        tail[expected["top_ids"]] = tail[gold[row]] = 0
+        expected_prior += tail
+        # The drawing inverts the tail's cumulative sum: near a jump float32 may fall on either side.
+        cumulative = tail.cumsum()
+        targets = uniforms[row].numpy() * cumulative[-1]
+        for drawn, target in zip(found.tail_samples[row].tolist(), targets, strict=True):
+            assert tail[drawn] > 0
+            assert cumulative[drawn] - tail[drawn] - 1e-5 * cumulative[-1] <= target <= cumulative[drawn] * (1 + 1e-5)
+    np.testing.assert_allclose(prior, expected_prior, atol=1e-5)
+    assert len(counts) > 1 or scale == 0.5 or epsilon == 1e-6
 
 
 def test_a_sure_teacher_keeps_the_digits_of_its_uncertainty() -> None:
@@ -152,3 +194,95 @@ def test_uniforms_depend_on_tokens_and_seed_alone() -> None:
     assert not np.array_equal(sample_uniforms(ids, options), sample_uniforms(ids + 1, options))
     other = StatisticsOptions(1, tail_samples=4, seed=2)
     assert not np.array_equal(sample_uniforms(ids, options), sample_uniforms(ids, other))
+
+
+def residual_of(
+    logits: np.ndarray, sketch: np.ndarray, gold: np.ndarray, options: StatisticsOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """p, w and p - w of the tails, each `[R, V]`, in float64."""
+    p, w = np.exp(reference.log_softmax(logits)), np.exp(reference.log_softmax(sketch))
+    for row in range(len(gold)):
+        kept = [*reference.position_statistics(logits[row], int(gold[row]), options.top_n)["top_ids"], gold[row]]
+        p[row, kept] = w[row, kept] = 0
+    p, w = p / p.sum(1, keepdims=True), w / w.sum(1, keepdims=True)
+    return p, w, p - w
+
+
+@pytest.mark.parametrize("vocabulary", [300, 1024])
+def test_residual_samples_make_the_reconstruction_unbiased(vocabulary: int) -> None:
+    """Over many replays: w + R/M sum sign delta has the mean p, whatever w; each id has the sign of p - w."""
+    replays, samples = 8000, 12
+    logits, gold = random_rows(1, vocabulary, 2.0, seed=3)
+    sketch = (0.6 * logits + random_rows(1, vocabulary, 0.7, seed=4)[0]).astype(np.float32).astype(np.float64)
+    options = StatisticsOptions(10, residual_samples=samples, seed=7)
+    uniforms = torch.tensor(residual_uniforms(np.arange(replays + 1), options))
+
+    def draw():
+        rows, golds = np.repeat(logits, replays, 0), np.repeat(gold, replays)
+        ours = torch.tensor(np.repeat(sketch, replays, 0), dtype=torch.float32)
+        return statistics(rows, golds, options, sketch_logits=ours, residual_uniforms=uniforms)
+
+    found = draw()
+    assert torch.equal(found.residual_samples, draw().residual_samples)
+    p, w, residual = (array[0] for array in residual_of(logits, sketch, gold, options))
+    np.testing.assert_allclose(found.residual_mass, np.full(replays, abs(residual).sum()), rtol=1e-5)
+    signs = np.where(found.residual_samples >= 0, 1.0, -1.0)
+    ids = np.where(found.residual_samples >= 0, found.residual_samples, -1 - found.residual_samples)
+    assert (signs == np.sign(residual[ids])).all()
+    assert (np.diff(ids, axis=1) >= 0).all()
+    estimate = np.zeros((replays, vocabulary))
+    np.add.at(estimate, (np.arange(replays)[:, None], ids), signs * float(found.residual_mass[0]) / samples)
+    estimate += w
+    share = abs(residual) / abs(residual).sum()
+    # That of independent draws, which strata do not exceed.
+    error = abs(residual).sum() * np.sqrt(share * (1 - share) / samples / replays)
+    scores = ((estimate.mean(0) - p) / np.maximum(error, 1e-12))[share > 0]
+    assert abs(scores).max() <= 5
+    assert (scores**2).mean() <= 1 + 5 * np.sqrt(2 / len(scores))
+    assert (estimate.mean(0)[p == 0] == 0).all()
+
+
+def test_residuals_of_rows_that_differ() -> None:
+    """Each row has its own sketch; a tail that is empty, or that the sketch has right, leaves nothing to draw."""
+    logits, gold = random_rows(40, 77, 2.0)
+    sketch = logits + random_rows(40, 77, 1.0, seed=5)[0]
+    sketch[7] = logits[7] + 3.0
+    options = StatisticsOptions(6, residual_samples=5, tail_samples=5)
+    uniforms = torch.rand(40, 5, dtype=torch.float64)
+    more = {"uniforms": uniforms, "residual_uniforms": uniforms}
+    found = statistics(logits, gold, options, sketch_logits=torch.tensor(sketch).float(), **more)
+    residual = residual_of(logits, sketch, gold, options)[2]
+    np.testing.assert_allclose(found.residual_mass, abs(residual).sum(1), atol=1e-5)
+    ids = np.where(found.residual_samples >= 0, found.residual_samples, -1 - found.residual_samples)
+    rows = np.arange(40) != 7
+    assert (abs(np.take_along_axis(residual, ids, 1))[rows] > 0).all()
+    # What else is kept does not change, and without samples there still is a mass.
+    plain = statistics(logits, gold, StatisticsOptions(6, tail_samples=5), uniforms=uniforms)
+    for name in ("gold_logprob", "tail_logmass", "entropy", "top_ids", "top_logprobs", "tail_samples"):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+    without = statistics(logits, gold, StatisticsOptions(6), sketch_logits=torch.tensor(sketch).float())
+    torch.testing.assert_close(without.residual_mass, found.residual_mass)
+    assert without.residual_samples.shape == plain.residual_samples.shape == (40, 0)
+    everything = StatisticsOptions(77, residual_samples=5)
+    empty = statistics(logits, gold, everything, sketch_logits=torch.tensor(sketch).float(), residual_uniforms=uniforms)
+    assert (empty.residual_mass == 0).all() and (empty.residual_samples == 0).all()
+    # A tail that underflows has no residual either.
+    logits[3, :] = 0.0
+    logits[3, :7] = 200.0
+    one = StatisticsOptions(7, residual_samples=5)
+    light = statistics(logits, gold, one, sketch_logits=torch.tensor(sketch).float(), residual_uniforms=uniforms)
+    assert light.residual_mass[3] == 0 and torch.isfinite(light.residual_mass).all()
+
+
+def test_residual_samples_need_a_sketch_and_have_a_stream_of_their_own() -> None:
+    options = StatisticsOptions(1, tail_samples=4, residual_samples=4, seed=1)
+    ids = np.arange(9)
+    assert residual_uniforms(ids, options).shape == (8, 4)
+    assert (np.floor(residual_uniforms(ids, options) * 4) == np.arange(4)).all()
+    assert not np.isclose(residual_uniforms(ids, options), sample_uniforms(ids, options)).any()
+    np.testing.assert_array_equal(residual_uniforms(ids, options), residual_uniforms(ids.astype(np.int32), options))
+    logits, gold = random_rows(2, 12, 1.0)
+    with pytest.raises(ValueError, match="sketch"):
+        statistics(logits, gold, StatisticsOptions(2, residual_samples=1))
+    with pytest.raises(ValueError, match="uniforms"):
+        statistics(logits, gold, StatisticsOptions(2, residual_samples=1), sketch_logits=torch.zeros(2, 12))

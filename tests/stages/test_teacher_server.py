@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from stages.teacher import Scored
 from stages.teacher_server import Patience, ServerTeacher
 from stages.vllm_plugin import Chunk, StatisticsCollector, _header
 from storage.errors import RunError, UserError
+from tests.http_server import LocalServer
 
 VOCABULARY, LONGEST = 211, 64
 POOLED = StatisticsOptions(6, (2.0,), 2, seed=11)
@@ -88,15 +89,8 @@ class Server:
         self.inside = self.most_inside = 0
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
-        self.http.daemon_threads = True
-        # Looks every so many seconds whether it shall end.
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        self.http = LocalServer(self.handler())
+        self.url = self.http.url
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -181,21 +175,21 @@ BIGRAM = Bigram()
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     server = Server(POOLED if request.param == "pooling" else None)
     yield server
-    server.close()
+    server.http.close()
 
 
 @pytest.fixture
 def pooling() -> Iterator[Server]:
     server = Server(POOLED)
     yield server
-    server.close()
+    server.http.close()
 
 
 @pytest.fixture
 def completions() -> Iterator[Server]:
     server = Server(None)
     yield server
-    server.close()
+    server.http.close()
 
 
 def connect(server: Server, **options: Any) -> ServerTeacher:
@@ -321,7 +315,7 @@ def test_an_interrupt_does_not_wait_for_answers(pooling: Server) -> None:
 
 
 def test_a_server_that_is_down(pooling: Server) -> None:
-    pooling.close()
+    pooling.http.close()
     with pytest.raises(UserError, match=r"no server answers .*; start it, or correct --server-url") as caught:
         connect(pooling)
     assert caught.type is UserError

@@ -467,9 +467,27 @@ def test_the_tail_of_the_stock_route_is_bounded() -> None:
     ids = np.array([[1, 5], [7, 8], [3, 4]])
     top = np.log(np.array([[0.6, 0.3], [0.5, 0.25], [1 - 1e-9, 1e-9]])).astype(np.float32)
     gold = np.log(np.array([0.6, 0.05, 1 - 1e-9])).astype(np.float32)
-    scored = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids, top, gold, 50)
+    scored = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids, top, gold, StatisticsOptions(ids.shape[1]), 50)
     # Gold inside, gold outside, and a tail under the noise: 48 ids of at most 1e-9.
     np.testing.assert_allclose(np.exp(scored.tail_logmass), [0.1, 0.2, 48e-9], rtol=1e-4)
     assert scored.top_ids.tolist() == [[1, 5], [3, 4]]
-    whole = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids % 3, top, gold * 0 - 1.0, 2)
+    whole = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids % 3, top, gold * 0 - 1.0, StatisticsOptions(2), 2)
     assert np.isneginf(whole.tail_logmass[0])
+
+
+def test_adaptive_n_on_the_stock_route() -> None:
+    """The same prefix as from the full distribution, down to tails that the route cannot know."""
+    logits = np.random.default_rng(0).standard_normal((40, 60)).astype(np.float32) * 4
+    gold = np.argsort(-logits, 1)[np.arange(40), np.arange(40) % 30].astype(np.int32)
+    sequence = Sequence(0, np.concatenate([[0], gold]).astype(np.int32), np.ones(40, bool))
+    options = StatisticsOptions(20, tail_epsilon=0.03, min_n=2)
+    exact = row_statistics(torch.from_numpy(logits), torch.from_numpy(gold).long(), options)
+    log_p = torch.from_numpy(logits).log_softmax(1)
+    top, ids = log_p.topk(20, 1)
+    gold_logprob = log_p[torch.arange(40), torch.from_numpy(gold).long()].numpy()
+    found = vllm_prompt_logprobs.scored_from_logprobs(sequence, ids.numpy(), top.numpy(), gold_logprob, options, 60)
+    assert np.array_equal(found.top_ids, exact.top_ids) and (found.top_ids < 0).any()
+    np.testing.assert_allclose(found.top_logprobs, exact.top_logprobs, atol=1e-5)
+    np.testing.assert_allclose(np.exp(found.tail_logmass), exact.tail_logmass.exp(), atol=2e-6)
+    with pytest.raises(UserError, match="--tail-epsilon 1e-07"):
+        vllm_prompt_logprobs.refuse_beyond_logprobs(StatisticsOptions(20, tail_epsilon=1e-7), "this route")

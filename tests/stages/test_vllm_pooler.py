@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from stages import vllm_plugin
-from stages.statistics import RowStatistics, StatisticsOptions, row_statistics, sample_uniforms
+from stages.sketch import HiddenMoments, calibrate
+from stages.statistics import RowStatistics, StatisticsOptions, residual_uniforms, row_statistics, sample_uniforms
 from stages.vllm_plugin import Chunk, PackedStatistics, StatisticsCollector, options_from_config, options_to_config
 
 VOCABULARY, HIDDEN = 307, 16
@@ -81,6 +83,27 @@ def test_requests_of_a_step_do_not_mix(collector: StatisticsCollector, head: tor
     assert positions == sum(int(p.mask.sum()) for p in prompts)
     np.testing.assert_allclose(total, prior, rtol=1e-5, atol=1e-7)
     assert collector.take_prior() == (0, None)
+
+
+def test_adaptive_n_travels(head: torch.Tensor) -> None:
+    """Entries behind a position's prefix come as -1, and the header names what decided."""
+    prompt, options = Prompt(40, 3), replace(OPTIONS, tail_epsilon=0.3, min_n=2)
+    assert options_from_config({vllm_plugin.CONFIG_KEY: options_to_config(options)}) == options
+    collector = StatisticsCollector(lambda hidden: hidden @ head, options, VOCABULARY)
+    parts = []
+    for start, stop in ((0, 9), (9, 40)):
+        parts += collector.collect(prompt.hidden[start:stop], [prompt.chunk(start, stop)])
+    dense, entries = join(parts)
+    packed = [torch.tensor(vllm_plugin._header(options, VOCABULARY, len(dense), len(entries)))]
+    back = PackedStatistics.unpack(torch.cat([*packed, dense.flatten(), entries.flatten()]).numpy())
+    assert back.options == options
+    uniforms = torch.from_numpy(sample_uniforms(prompt.ids, options))
+    gold = torch.from_numpy(prompt.ids[1:])
+    wanted = row_statistics(prompt.hidden[:-1] @ head, gold, options, uniforms=uniforms)
+    stored = torch.from_numpy(prompt.mask)
+    assert np.array_equal(back.top_ids, wanted.top_ids[stored]) and len(set((back.top_ids >= 0).sum(1))) > 2
+    np.testing.assert_allclose(back.top_logprobs, wanted.top_logprobs[stored], atol=2e-6)
+    assert np.array_equal(back.tail_samples, wanted.tail_samples[stored])
 
 
 @pytest.mark.parametrize("cuts", [[1], [9], [39], [1, 2, 3], list(range(1, 40))])
@@ -193,6 +216,105 @@ def test_refusals() -> None:
 # Packing
 
 
+# With a sketch
+
+SKETCHED = replace(OPTIONS, residual_samples=5, sketch_rank=4)
+
+
+def moments_of(prompts: list[Prompt]) -> HiddenMoments:
+    moments = HiddenMoments(HIDDEN)
+    for prompt in prompts:
+        moments.add(prompt.hidden[:-1][torch.from_numpy(prompt.mask)])
+    return moments
+
+
+def test_a_sketch_of_every_stored_position_once_on_all_ranks_alike(head: torch.Tensor) -> None:
+    """Chunks, a preempted request, and a rank without logits, which must be asked as often as the one that has them."""
+    calls: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+
+    def compute(collects: bool) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        def logits(hidden: torch.Tensor) -> torch.Tensor | None:
+            calls[collects].append(hidden)
+            return 2.0 * (hidden @ head) + 0.25 if collects else None
+
+        return logits
+
+    prompts = [Prompt(40, 1), Prompt(23, 2), Prompt(2, 3)]
+    sketches = []
+    for collects in (True, False):
+        collector = StatisticsCollector(compute(collects), SKETCHED, VOCABULARY, collects=collects)
+        with pytest.raises(RuntimeError, match="before the workers have the sketch"):
+            collector.collect(prompts[0].hidden, [prompts[0].chunk(0, 40)])
+        calls[collects].clear()
+        collector.start_moments()
+        for start, stop in ((0, 15), (15, 23), (0, 30), (30, 40)):
+            collector.collect(prompts[0].hidden[start:stop], [prompts[0].chunk(start, stop)])
+        both = torch.cat([p.hidden for p in prompts[1:]])
+        pieces = collector.collect(both, [p.chunk(0, len(p.ids), 1 + k) for k, p in enumerate(prompts[1:])])
+        lengths = [None if piece is None else (len(piece[0]), len(piece[1])) for piece in pieces]
+        assert lengths == [(len(p.mask), p.mask.sum()) if collects else None for p in prompts[1:]]
+        assert calls[collects] == []
+        sketches.append(collector.take_sketch(SKETCHED.sketch_rank, None))
+    assert sketches[1] is None
+    assert [len(hidden) for hidden in calls[True]] == [len(hidden) for hidden in calls[False]]
+    assert all(torch.equal(one, other) for one, other in zip(*calls.values(), strict=True))
+    ours, wanted = sketches[0], calibrate(moments_of(prompts), 2.0 * head.T, torch.full((VOCABULARY,), 0.25), 4)
+    assert ours is not None
+    for name in ("basis", "bias", "encoder", "mean", "scales", "explained"):
+        torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), atol=2e-3, rtol=1e-3)
+    # And then, statistics again.
+    collector = StatisticsCollector(lambda hidden: hidden @ head, OPTIONS, VOCABULARY)
+    collector.start_moments()
+    collector.collect(prompts[0].hidden, [prompts[0].chunk(0, 40)])
+    collector.take_sketch(3, None)
+    (found,) = collector.collect(prompts[0].hidden, [prompts[0].chunk(0, 40)])
+    assert_is(found, expected(prompts[0], head), prompts[0].mask)
+    assert collector.take_prior()[0] == prompts[0].mask.sum()
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_codes_and_residuals_are_those_of_the_rows(
+    head: torch.Tensor, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_plugin, "rows_per_slice", lambda *_: rows)
+    prompts = [Prompt(20, 1), Prompt(9, 2)]
+    collector = StatisticsCollector(lambda hidden: hidden @ head, SKETCHED, VOCABULARY)
+    collector.sketch = sketch = calibrate(moments_of([Prompt(200, 5)]), head.T, None, 4)
+    found = collector.collect(
+        torch.cat([p.hidden for p in prompts]), [p.chunk(0, len(p.ids), k) for k, p in enumerate(prompts)]
+    )
+    for prompt, part in zip(prompts, found, strict=True):
+        codes = sketch.encode(prompt.hidden[:-1])
+        wanted = row_statistics(
+            prompt.hidden[:-1] @ head,
+            torch.from_numpy(prompt.ids[1:]),
+            SKETCHED,
+            uniforms=torch.from_numpy(sample_uniforms(prompt.ids, SKETCHED)),
+            sketch_logits=sketch.logits(codes),
+            residual_uniforms=torch.from_numpy(residual_uniforms(prompt.ids, SKETCHED)),
+        )
+        assert part is not None
+        back = PackedStatistics.unpack(packed(SKETCHED, VOCABULARY, *(piece.numpy() for piece in part)))
+        assert back.options.sketch_rank == 4 and back.options.residual_samples == 5
+        mask = torch.from_numpy(prompt.mask)
+        np.testing.assert_array_equal(back.tail_samples, wanted.tail_samples[mask])
+        assert back.sketch["sketch_codes"].dtype == np.int8
+        np.testing.assert_array_equal(back.sketch["sketch_codes"], codes[mask])
+        np.testing.assert_array_equal(back.sketch["residual_samples"], wanted.residual_samples[mask])
+        np.testing.assert_allclose(back.sketch["residual_mass"], wanted.residual_mass[mask], rtol=1e-5)
+        np.testing.assert_allclose(back.sketch["sketch_kl"], wanted.sketch_kl[mask], atol=1e-5)
+
+
+def test_memory_is_measured_before_there_is_a_sketch(head: torch.Tensor) -> None:
+    """By requests that are nobody's: they cost what real ones will, and hold codes of 0."""
+    collector = StatisticsCollector(lambda hidden: hidden @ head, SKETCHED, VOCABULARY)
+    prompt = Prompt(9, 2)
+    (found,) = collector.collect(prompt.hidden, [Chunk(prompt.ids, 0, 9)])
+    assert found is not None
+    back = PackedStatistics.unpack(packed(SKETCHED, VOCABULARY, *(piece.numpy() for piece in found)))
+    assert (back.sketch["sketch_codes"] == 0).all() and (back.sketch["residual_mass"] > 0).all()
+
+
 def packed(options: StatisticsOptions, vocabulary: int, dense: np.ndarray, entries: np.ndarray) -> np.ndarray:
     header = vllm_plugin._header(options, vocabulary, len(dense), len(entries))
     return np.concatenate([np.array(header, np.float32), dense.ravel(), entries.ravel()]).astype(np.float32)
@@ -222,7 +344,7 @@ def test_packing_is_exact() -> None:
         lambda p: p.astype(np.float64),
         lambda p: p.reshape(1, -1),
         lambda p: np.where(np.arange(len(p)) == 0, 1.0, p).astype(np.float32),
-        lambda p: np.where(np.arange(len(p)) == 1, 2.0, p).astype(np.float32),
+        lambda p: np.where(np.arange(len(p)) == 1, 9.0, p).astype(np.float32),
         lambda p: np.where(np.arange(len(p)) == 3, -3.0, p).astype(np.float32),
         lambda p: np.where(np.arange(len(p)) == 3, np.nan, p).astype(np.float32),
     ],
@@ -239,6 +361,7 @@ def test_options_travel_as_json() -> None:
 
     config = json.loads(json.dumps({vllm_plugin.CONFIG_KEY: options_to_config(OPTIONS)}))
     assert options_from_config(config) == OPTIONS
+    assert options_from_config({vllm_plugin.CONFIG_KEY: options_to_config(SKETCHED)}) == SKETCHED
     for wrong in ({}, None, {vllm_plugin.CONFIG_KEY: {"top_n": "many"}}):
         with pytest.raises(ValueError, match="additional_config"):
             options_from_config(wrong)

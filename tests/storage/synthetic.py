@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,17 @@ import numpy as np
 
 from storage import schema
 from storage.cache import Cache
-from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, TeacherIdentity, TokenizerIdentity
+from storage.manifest import (
+    CorpusIdentity,
+    Manifest,
+    ScoringOptions,
+    SketchIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from storage.plan import plan_shards
 from storage.rows import Ragged, Rows
+from storage.sketch_file import SHAPES, SketchFile
 
 LENGTHS = (5, 2, 7, 4, 6, 3)
 
@@ -73,17 +82,57 @@ def make_rows(manifest: Manifest, index: int, *, seed: int = 0, masked: bool = T
             stored["tail_samples"] = np.array(
                 [random.choice(np.flatnonzero(~row), scoring.tail_samples) for row in kept[mask]], np.int64
             ).reshape(-1)
+        if scoring.sketch is not None:
+            stored |= made_up_residuals(random, np.exp(tail[mask]), kept[mask], scoring.sketch)
         for name, values in stored.items():
-            lists[name].append(values)
+            if name in lists:
+                lists[name].append(values)
     rows = Rows(
         np.arange(planned.first, planned.first + planned.sequences, dtype=np.int64),
         {
-            column.name: Ragged.from_lists(lists[column.name], column.element.to_pandas_dtype())
+            column.name: Ragged.from_lists(lists[column.name], column.dtype)
             for column in scoring.columns
             if column.is_list
         },
     )
     return rows, tail_sum
+
+
+def made_up_residuals(
+    random: np.random.Generator, tail: np.ndarray, kept: np.ndarray, sketch: SketchIdentity
+) -> dict[str, np.ndarray]:
+    """Codes of nothing, and the signed residuals of some tail w against `tail` (float64 `[P, V]`, 0 where kept)."""
+    samples: list[int] = []
+    mass: list[float] = []
+    for p, inside in zip(tail, kept, strict=True):
+        w = np.where(inside, 0.0, random.random(len(p)))
+        gap = p / max(p.sum(), 1e-30) - w / max(w.sum(), 1e-30)
+        mass.append(np.abs(gap).sum())
+        drawn = random.choice(len(p), sketch.residual_samples, p=np.abs(gap) / mass[-1]) if mass[-1] else [0]
+        samples += [int(j) if gap[j] >= 0 else -int(j) - 1 for j in np.resize(drawn, sketch.residual_samples)]
+    return {
+        "sketch_codes": random.integers(-127, 128, len(tail) * sketch.rank),
+        "residual_samples": np.array(samples, np.int64),
+        "residual_mass": np.array(mass, np.float64),
+    }
+
+
+def make_sketch(rank: int = 3, *, vocabulary: int = 300, hidden: int = 6, seed: int = 0) -> SketchFile:
+    random = np.random.default_rng(seed)
+    sizes = {"V": vocabulary, "r": rank, "H": hidden, "K": hidden}
+    tensors = {
+        name: random.random([sizes[dimension] for dimension in dimensions.split()]) + 0.5
+        for name, (dimensions, _) in SHAPES.items()
+    }
+    # As they come back from the file.
+    return SketchFile({name: tensors[name].astype(kind) for name, (_, kind) in SHAPES.items()}, {"soft_cap": None})
+
+
+def sketch_options(sketch: SketchFile, residual_samples: int = 4) -> SketchIdentity:
+    """What the manifest says of a cache with this sketch."""
+    rank = sketch.tensors["basis"].shape[1]
+    digest = hashlib.sha256(sketch.to_bytes()).hexdigest()
+    return SketchIdentity(rank=rank, residual_samples=residual_samples, positions=100, sha256=digest)
 
 
 def _logsumexp(values: np.ndarray) -> np.ndarray:
@@ -93,12 +142,15 @@ def _logsumexp(values: np.ndarray) -> np.ndarray:
         return np.log(np.exp(values - safe).sum(1)) + safe[:, 0]
 
 
-def write_cache(path: Path, manifest: Manifest, *, seal: bool = True) -> Cache:
+def write_cache(path: Path, manifest: Manifest, *, seal: bool = True, sketch: SketchFile | None = None) -> Cache:
     """Work off whatever is pending at `path`, in the order of a real run."""
+    if sketch is not None:
+        Cache.claim_sketch(path, sketch.to_bytes())
     cache = Cache.create_or_resume(path, manifest)
     for index in range(len(manifest.shards)):
         if not cache.is_done(index):
-            cache.write_shard(index, *make_rows(manifest, index), seconds=0.0)
+            kl = 0.5 if sketch is not None else None
+            cache.write_shard(index, *make_rows(manifest, index), seconds=0.0, sum_sketch_kl=kl)
     if seal:
         cache.seal("the card\n")
     return cache

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from storage import schema
 from storage.errors import CacheError
+from storage.manifest import SketchIdentity
+from storage.quantization import decode, encode
 from storage.rows import Ragged, Rows
 from storage.shard import read_shard, structure_problems, value_problems, write_shard
 from tests.storage.synthetic import make_manifest, make_rows, replaced
@@ -34,13 +36,29 @@ def assert_same(one: Rows, other: Rows) -> None:
     [
         {},
         {"logprob_bits": 32},
+        {"logprob_bits": 8},
         {"temperatures": (0.5, 2.0, 4.0), "tail_samples": 3},
         {"vocabulary": 200_000, "top_n": 2, "tail_samples": 1},
         {"top_n": 1},
+        {"sketch": SketchIdentity(rank=5, residual_samples=4, positions=9), "tail_samples": 2},
+        {"sketch": SketchIdentity(rank=1, positions=9)},
+        {"vocabulary": 9, "top_n": 9, "sketch": SketchIdentity(rank=2, residual_samples=3, positions=9)},
         {"vocabulary": 9, "top_n": 9},
         {"vocabulary": 9, "top_n": 9, "logprob_bits": 32, "temperatures": (2.0,)},
     ],
-    ids=["default", "32 bits", "optional columns", "wide vocabulary", "N=1", "N=V", "N=V, 32 bits"],
+    ids=[
+        "default",
+        "32 bits",
+        "8 bits",
+        "optional columns",
+        "wide vocabulary",
+        "N=1",
+        "a sketch",
+        "codes alone",
+        "N=V, a sketch",
+        "N=V",
+        "N=V, 32 bits",
+    ],
 )
 def test_every_column_survives_a_shard(tmp_path: Path, options: dict, index: int) -> None:
     manifest = make_manifest(**options)
@@ -49,6 +67,8 @@ def test_every_column_survives_a_shard(tmp_path: Path, options: dict, index: int
     assert not list(value_problems(rows, manifest))
     write_shard(tmp_path / "shard.parquet", rows, manifest, index)
     back = read_shard(tmp_path / "shard.parquet", manifest, index)
+    if options.get("logprob_bits") == 8:
+        rows = replaced(rows, top_logprobs=decode(encode(rows["top_logprobs"].values)))
     assert_same(rows, back)
     assert list(back.lists) == [column.name for column in manifest.scoring.columns if column.is_list]
 

@@ -1,0 +1,129 @@
+"""The sketch against the singular value decomposition of the very logits that it approximates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from stages.sketch import HiddenMoments, Sketch, calibrate
+
+
+def states(positions: int, width: int, seed: int = 0) -> np.ndarray:
+    """Hidden states `[P, H]` that fill their space unevenly, far from 0, with two dead dimensions."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.standard_normal((width, width)) * 0.7 ** np.arange(width)[:, None]
+    hidden = generator.standard_normal((positions, width)) @ mixed + 3 * generator.standard_normal(width)
+    hidden[:, :2] = 0.5
+    return hidden.astype(np.float32)
+
+
+def moments_of(hidden: np.ndarray) -> HiddenMoments:
+    moments = HiddenMoments(hidden.shape[1])
+    for part in np.array_split(hidden, 3):
+        moments.add(torch.from_numpy(part))
+    return moments
+
+
+def centred(logits: np.ndarray) -> np.ndarray:
+    """A softmax does not see the mean of a row."""
+    return logits - logits.mean(1, keepdims=True)
+
+
+def error(logits: np.ndarray, sketch: Sketch, hidden: np.ndarray, *, rounded: bool) -> float:
+    """Sum of squares that the sketch misses of `[P, V]` logits."""
+    states = torch.from_numpy(hidden)
+    codes = sketch.encode(states).float() if rounded else (states - sketch.mean) @ sketch.encoder.T / sketch.scales
+    return float((centred(sketch.logits(codes).double().numpy() - logits) ** 2).sum())
+
+
+@pytest.mark.parametrize("positions", [400, 15])  # 15: fewer than dimensions, a covariance without an inverse
+@pytest.mark.parametrize("rank", [1, 4, 12])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_no_other_approximation_of_that_rank_is_nearer(positions: int, rank: int, with_bias: bool) -> None:
+    generator = np.random.default_rng(1)
+    hidden, weight = states(positions, 24), generator.standard_normal((300, 24)).astype(np.float32)
+    bias = generator.standard_normal(300).astype(np.float32) if with_bias else None
+    sketch = calibrate(
+        moments_of(hidden), torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias), rank
+    )
+    logits = hidden.astype(np.float64) @ weight.T.astype(np.float64) + (0 if bias is None else bias)
+    deviations = centred(logits - logits.mean(0))
+    left, singular, right = np.linalg.svd(deviations, full_matrices=False)
+    best = float((singular[rank:] ** 2).sum())
+    total = float((singular**2).sum())
+    # float32 and a float16 basis.
+    assert best - 1e-7 * total <= error(logits, sketch, hidden, rounded=False) <= best + 1e-6 * total
+    # Not only as near: the very same approximation.
+    codes = (torch.from_numpy(hidden) - sketch.mean) @ sketch.encoder.T / sketch.scales
+    found = centred((sketch.logits(codes) - sketch.bias).double().numpy())
+    np.testing.assert_allclose(found, left[:, :rank] * singular[:rank] @ right[:rank], atol=4e-3 * deviations.std())
+    np.testing.assert_allclose(sketch.explained[: len(singular)], np.cumsum(singular**2)[:24] / total, atol=1e-5)
+    # Rounding to integers adds their variance and no more.
+    step = float(sketch.scales[0]) ** 2 / 12 * (singular[:rank] ** 2).sum()
+    assert error(logits, sketch, hidden, rounded=True) <= best + 3 * step + 1e-6 * total
+
+
+def test_codes_have_unit_variance_and_stay_in_range() -> None:
+    hidden = states(500, 24)
+    sketch = calibrate(moments_of(hidden), torch.randn((100, 24), generator=torch.Generator().manual_seed(0)), None, 6)
+    codes = sketch.encode(torch.from_numpy(hidden))
+    assert codes.dtype == torch.int8 and codes.shape == (500, 6)
+    np.testing.assert_allclose((codes * sketch.scales).var(0, correction=0), np.ones(6), atol=1e-2)
+    wild = sketch.encode(torch.from_numpy(1e6 * hidden))
+    assert wild.min() >= -127 and wild.max() <= 127
+
+
+def test_a_rank_beyond_the_variance_adds_nothing() -> None:
+    """Hidden states that all are alike but for two dimensions."""
+    hidden = np.ones((50, 8), np.float32)
+    hidden[:, 3:5] = np.random.default_rng(0).standard_normal((50, 2))
+    weight = torch.randn((40, 8), generator=torch.Generator().manual_seed(0))
+    sketch = calibrate(moments_of(hidden), weight, None, 8)
+    assert all(torch.isfinite(value).all() for value in sketch.__dict__.values() if isinstance(value, torch.Tensor))
+    assert (sketch.basis[:, 2:] == 0).all() and (sketch.encode(torch.from_numpy(hidden))[:, 2:] == 0).all()
+    np.testing.assert_allclose(sketch.explained[1:], np.ones(7), atol=1e-6)
+    flat = calibrate(moments_of(np.ones((5, 8), np.float32)), weight, None, 2)
+    torch.testing.assert_close(flat.logits(flat.encode(torch.ones(3, 8))), (weight.sum(1)).expand(3, 40))
+
+
+def test_moments_are_those_of_the_whole_however_they_came() -> None:
+    hidden = states(200, 10)
+    whole, one, other = HiddenMoments(10), HiddenMoments(10), HiddenMoments(10)
+    whole.add(torch.from_numpy(hidden))
+    one.add(torch.from_numpy(hidden[:50]))
+    other.add(torch.from_numpy(hidden[50:]))
+    one.merge(other)
+    for found in (whole, one):
+        assert found.count == 200
+        np.testing.assert_allclose(found.mean, hidden.mean(0, dtype=float), rtol=1e-12)
+        np.testing.assert_allclose(found.covariance, np.cov(hidden.T.astype(float), bias=True), atol=1e-9)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, None), (1.0, 5.0), (2.0, 5.0)])
+def test_scale_and_cap_come_after_the_sketch(scale: float, cap: float | None) -> None:
+    """At full rank the sketch is the model, head included."""
+    hidden = states(300, 12)
+    weight = torch.randn((60, 12), generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(60, generator=torch.Generator().manual_seed(1))
+    sketch = calibrate(moments_of(hidden), weight, bias, 12, logit_scale=scale, soft_cap=cap)
+    logits = scale * (torch.from_numpy(hidden) @ weight.T + bias)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    codes = (torch.from_numpy(hidden) - sketch.mean) @ sketch.encoder.T / sketch.scales
+    found = sketch.logits(codes)
+    if cap is None:
+        found, logits = found - found.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
+    torch.testing.assert_close(found, logits, atol=2e-2, rtol=1e-3)
+
+
+def test_half_precision_heads_and_wrong_ranks() -> None:
+    hidden = states(60, 12)
+    weight = torch.randn((60, 12), generator=torch.Generator().manual_seed(0)).bfloat16()
+    half, full = (calibrate(moments_of(hidden), head, None, 3) for head in (weight, weight.float()))
+    torch.testing.assert_close(half.basis, full.basis)
+    for rank in (0, 13):
+        with pytest.raises(ValueError, match="1 to the hidden size 12"):
+            calibrate(moments_of(hidden), weight, None, rank)
+    with pytest.raises(ValueError, match="calibrate on"):
+        calibrate(HiddenMoments(12), weight, None, 2)
