@@ -43,7 +43,7 @@ _CONTROL_SEQUENCES = 3
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """cache: directory or URL. sequences: how many are scored again; share: the same as a part of all, 0..1.
+    """cache: directory or URL. sequences: how many are scored again, else DEFAULT_SEQUENCES; or share: of all, 0..1.
 
     dtype: of the teacher; None for the one in the manifest. threshold: nats, the largest difference that passes; None
     for MAX_FACTOR times the control's, and at least the floor of the dtype.
@@ -51,7 +51,7 @@ class AuditOptions:
 
     cache: str
     engine: EngineOptions
-    sequences: int = DEFAULT_SEQUENCES
+    sequences: int | None = None
     share: float | None = None
     seed: int = 0
     dtype: str | None = None
@@ -130,6 +130,8 @@ class Audit:
 
 def prepare(options: AuditOptions) -> PreparedAudit:
     """Draw the sample and choose the engine. Raises UserError or CacheError; reads the manifest and no shard."""
+    if options.sequences is not None and options.share is not None:
+        raise UserError("--sequences and --share say the same thing in two ways; give one of them")
     cache = Cache.open(options.cache)
     manifest, engine = cache.manifest, options.engine
     source: dict[str, Any] = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
@@ -172,11 +174,11 @@ def prepare(options: AuditOptions) -> PreparedAudit:
     return PreparedAudit(options, cache, sample, statistics, dtype, choice, different)
 
 
-def draw(cache: Cache, sequences: int, share: float | None, seed: int) -> np.ndarray:
+def draw(cache: Cache, sequences: int | None, share: float | None, seed: int) -> np.ndarray:
     """int64, ascending: ids of the sequences to score again, each as likely as any other of those that are here."""
     ranges = [cache.manifest.shards[index] for index in cache.shards_here]
     here = np.concatenate([np.arange(shard.first, shard.first + shard.sequences) for shard in ranges])
-    count = sequences if share is None else max(1, round(share * len(here)))
+    count = (sequences or DEFAULT_SEQUENCES) if share is None else max(1, round(share * len(here)))
     order = np.random.default_rng([seed, 0xA0D17]).permutation(len(here))
     return np.sort(here[order[:count]])
 
