@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -485,12 +485,19 @@ class Cache:
         except FileNotFoundError:
             raise CacheError(f"{path}: shard {index} is missing") from None
 
-    def prefetch(self, index: int) -> None:
-        """Say that shard `index` will be read soon: a remote one is fetched in the background."""
+    def prefetch(self, index: int, *, room: int = 1) -> Future[None] | None:
+        """Say that shard `index` will be read soon: a remote one is fetched in the background.
+
+        Returns when that is done; None where nothing is: of a local one, or where the local copies cannot hold `room`
+        shards of its size.
+        """
         path = self.shard_path(index)
-        if isinstance(path, RemotePath):
-            receipt = self._known_receipt(index)
-            copies.prefetch(path, receipt.sha256, receipt.bytes)
+        if not isinstance(path, RemotePath):
+            return None
+        receipt = self._known_receipt(index)
+        if room * receipt.bytes > copies.limit():
+            return None
+        return copies.prefetch(path, receipt.sha256, receipt.bytes)
 
     def _known_receipt(self, index: int) -> Receipt:
         if index not in self._receipts:
