@@ -66,10 +66,10 @@ class CacheOptions:
     temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 with a sketch, where
     vLLM's stock API scores, which cannot draw, and with a server, which decided when it was started. top_n: None:
     DEFAULT_TOP_N with samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the
-    teacher. tail_epsilon, min_n: as in StatisticsOptions; top_n is then the most that a position keeps. sketch_rank:
-    codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes miss; None:
-    DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache whose sketch,
-    and its rank, is taken instead.
+    teacher. tail_epsilon, min_n: as in StatisticsOptions; top_n is then the most that a position keeps.
+    sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
+    miss; None: DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
+    whose sketch, and its rank, is taken instead.
     """
 
     engine: EngineOptions
@@ -103,12 +103,12 @@ class CacheOptions:
         return StatisticsOptions(
             default if self.top_n is None else self.top_n,
             self.temperatures,
-            tail_samples=samples,
-            seed=self.seed,
-            tail_epsilon=self.tail_epsilon,
-            min_n=self.min_n,
-            residual_samples=self._residual_samples,
+            samples,
+            self.seed,
+            self.tail_epsilon,
+            self.min_n,
             sketch_rank=self.sketch_rank or 0,
+            residual_samples=self._residual_samples,
         )
 
     @property
@@ -162,12 +162,18 @@ class PreparedCache:
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens."""
+    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens.
+
+    sketch: what is wanted, its checksum missing until it is known; sketch_bytes: where another cache has it.
+    """
 
     config: PretrainedConfig
+    identity: TeacherIdentity
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
     max_length: int
+    sketch: SketchIdentity | None
+    sketch_bytes: bytes | None
 
 
 def read_teacher(options: CacheOptions) -> TeacherFiles:
@@ -178,6 +184,9 @@ def read_teacher(options: CacheOptions) -> TeacherFiles:
     }
     config = load_config(options.engine.teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
+    identity = teacher_identity(options.engine.teacher, config)
+    sketch, sketch_bytes = _wanted_sketch(options, config, identity)
+    options = replace(options, sketch_rank=sketch.rank if sketch else None)
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
         raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
@@ -186,7 +195,8 @@ def read_teacher(options: CacheOptions) -> TeacherFiles:
     if statistics.min_n > 1 and not statistics.tail_epsilon:
         raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
     max_length = _max_length(options, config)
-    return TeacherFiles(config, load_tokenizer(options.engine.teacher, **source), vocabulary, max_length)
+    tokenizer = load_tokenizer(options.engine.teacher, **source)
+    return TeacherFiles(config, identity, tokenizer, vocabulary, max_length, sketch, sketch_bytes)
 
 
 def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
@@ -210,8 +220,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
     """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
     Cache.check_target(options.output)
     files = read_teacher(options)
-    identity = teacher_identity(options.engine.teacher, files.config)
-    sketch, sketch_bytes = _wanted_sketch(options, files.config, identity)
+    sketch = files.sketch
     options = replace(options, sketch_rank=sketch.rank if sketch else None)
     statistics = options.statistics()
     choice = choose(
@@ -228,7 +237,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
             "to calibrate the sketch on; give more text, or a rank that is far lower"
         )
     manifest = Manifest(
-        teacher=identity,
+        teacher=files.identity,
         tokenizer=tokenizer_identity(files.tokenizer),
         vocabulary_size=files.vocabulary_size,
         corpus=CorpusIdentity(
@@ -255,6 +264,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
         source={"dataset": Path(options.dataset).name if os.path.exists(options.dataset) else options.dataset},
         made_with={**_versions(), "engine": choice.reason},
     )
+    sketch_bytes = files.sketch_bytes
     if sketch_bytes is None:
         manifest, sketch_bytes = _sketch_there(options.output, manifest)
     cache = Cache.resume(options.output, manifest)
