@@ -260,7 +260,9 @@ def _in_other_batches(
 
 def _as_scored(scoring: ScoringOptions, statistics: StatisticsOptions) -> ScoringOptions:
     """The cache's columns as far as the live teacher gives them."""
-    return scoring.model_copy(update={"temperatures": statistics.temperatures, "tail_samples": statistics.tail_samples})
+    # Codes and what was drawn beside them say nothing that a tail does not.
+    given = {"temperatures": statistics.temperatures, "tail_samples": statistics.tail_samples, "sketch": None}
+    return scoring.model_copy(update=given)
 
 
 def _lists(rows: Rows, name: str) -> list[np.ndarray]:

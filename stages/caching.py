@@ -302,8 +302,14 @@ def _wanted_sketch(
     positions = DEFAULT_POSITIONS if options.sketch_positions is None else options.sketch_positions
     if positions < rank:
         raise UserError(f"--sketch-positions {positions}: too few for --sketch-rank {rank}; give many times the rank")
-    residuals = options.statistics().residual_samples
-    return SketchIdentity(rank=rank, residual_samples=residuals, positions=positions), None
+    return SketchIdentity(rank=rank, residual_samples=_residuals(options, rank), positions=positions), None
+
+
+def _residuals(options: CacheOptions, rank: int) -> int:
+    residuals = replace(options, sketch_rank=rank).statistics().residual_samples
+    if residuals == 1:
+        raise UserError("--residual-samples 1: cannot stand for both signs; give 0, 2 or more")
+    return residuals
 
 
 def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple[SketchIdentity, bytes]:
@@ -324,8 +330,7 @@ def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple
             f"--sketch-from {options.sketch_from}: its sketch has rank {theirs.rank} and is calibrated already; leave "
             "out --sketch-rank and --sketch-positions"
         )
-    residuals = replace(options, sketch_rank=theirs.rank).statistics().residual_samples
-    return theirs.model_copy(update={"residual_samples": residuals}), data
+    return theirs.model_copy(update={"residual_samples": _residuals(options, theirs.rank)}), data
 
 
 def _sketch_there(output: str, manifest: Manifest) -> tuple[Manifest, bytes | None]:

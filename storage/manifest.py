@@ -23,7 +23,7 @@ _MAX_JSON_BYTES = 64 << 20
 _MAX_ID = 2**31 - 1
 _MAX_COUNT = 2**48
 # Fields of `scoring` that the first caches did not have, with what stands for not having them.
-_LATER_SCORING = {"tail_epsilon": 0.0, "min_n": 1, "sketch": None}
+_LATER_SCORING: dict[str, object] = {"tail_epsilon": 0.0, "min_n": 1, "sketch": None}
 
 
 class _Model(BaseModel):

@@ -294,9 +294,9 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
         drawn = position_of_sample * manifest.vocabulary_size + samples
         if (at := _first(np.isin(drawn, kept) & (samples >= 0))) is not None:
             yield f"{row_of(int(position_of_sample[at]))}: tail sample {samples[at]} is in the top-N"
-    if "sketch_codes" in rows.lists and (at := _first(rows["sketch_codes"].values == -128)) is not None:
+    if "sketch_codes" in rows.lists and (at := _first(rows["sketch_codes"].values == 0)) is not None:
         position = int(np.flatnonzero(mask.values)[at // manifest.scoring.per_stored_position["sketch_codes"]])
-        yield f"{row_of(position)}: a sketch code is -128, they are -127..127"
+        yield f"{row_of(position)}: a sketch code is 0, they are 1..255"
     if "residual_samples" in rows.lists and "residual_mass" in rows.lists:
         yield from _residual_problems(rows, manifest, position_of_entry * manifest.vocabulary_size + top_ids, row_of)
     ascending = np.diff(top_logprobs) > 0
@@ -368,13 +368,11 @@ def _residual_problems(rows: Rows, manifest: Manifest, kept: np.ndarray, row_of:
     samples = rows["residual_samples"].values.astype(np.int64)
     per_position = manifest.scoring.per_stored_position["residual_samples"]
     positions = np.repeat(stored, per_position)
-    ids = np.where(samples < 0, -samples - 1, samples)
-    if (at := _first(ids >= manifest.vocabulary_size)) is not None:
+    if (at := _first((samples < 0) | (samples >= manifest.vocabulary_size))) is not None:
         yield (
-            f"{row_of(int(positions[at]))}: residual sample {samples[at]} is outside "
-            f"-{manifest.vocabulary_size}..{manifest.vocabulary_size - 1}"
+            f"{row_of(int(positions[at]))}: residual sample {samples[at]} is outside 0..{manifest.vocabulary_size - 1}"
         )
-    inside = np.isin(positions * manifest.vocabulary_size + ids, kept) & np.repeat(mass > 0, per_position)
+    inside = np.isin(positions * manifest.vocabulary_size + samples, kept) & np.repeat(mass > 0, per_position)
     if (at := _first(inside)) is not None:
         yield f"{row_of(int(positions[at]))}: residual sample {samples[at]} is in the top-N"
 
