@@ -92,7 +92,8 @@ class Sketch:
         return len(self.scales)
 
     def to(self, device: torch.device | str) -> Sketch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        # Of the fields alone: what is made from them is made again there.
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 

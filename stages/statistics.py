@@ -34,9 +34,8 @@ class StatisticsOptions:
     seed: of all samples.
     tail_epsilon: above 0, a position keeps only the shortest prefix of its top-N that leaves less than this mass in the
         tail, and at least min_n ids. What leaves the prefix is tail in every respect.
-    residual_samples: how many are drawn in proportion to |p - w|, w the tail as a sketch has it; 0 for none, else 2 or
-        more, as either sign needs one.
-    sketch_rank: codes per position of that sketch (stages.sketch); 0 for none.
+    sketch_rank: codes per position of a sketch (stages.sketch); 0 for none.
+    residual_samples: ids drawn from what that sketch misses; 0 for none, else 2 or more, as either sign needs one.
     """
 
     top_n: int
@@ -45,8 +44,8 @@ class StatisticsOptions:
     seed: int = 0
     tail_epsilon: float = 0.0
     min_n: int = 1
-    residual_samples: int = 0
     sketch_rank: int = 0
+    residual_samples: int = 0
 
 
 @dataclass
