@@ -276,6 +276,11 @@ class Bench:
             self.sketches[rank] = calibrate(moments, head, None, rank, logit_scale=1 / self.arguments.sharpen)
         return self.sketches[rank]
 
+    def sketched(self, rank: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of rows of ids, uint8 `[S * 255, r]`, and the logits `[S * 255, V]` that they give back."""
+        codes = self.sketch(rank).encode(self.states(ids))
+        return codes, self.sketch(rank).logits(codes)
+
     def tail(self, setting: Setting) -> Tail:
         """The tail mode; its prior is the mean tail at this N over the first rows of the students' text."""
         if setting.mode == "sketch":
@@ -333,9 +338,7 @@ def stored_rows(bench: Bench, setting: Setting, ids: torch.Tensor, logits: torch
     """What comes back out of a cache."""
     codes = sketched = None
     if setting.mode == "sketch":
-        sketch = bench.sketch(setting.rank)
-        codes = sketch.encode(bench.states(ids))
-        sketched = sketch.logits(codes)
+        codes, sketched = bench.sketched(setting.rank, ids)
     found = statistics_of(setting, ids, logits, seed, sketched)
     return TeacherRows(
         ids[:, 1:].flatten().to(DEVICE),
@@ -469,8 +472,7 @@ def expectation_kl(bench: Bench, setting: Setting, ids: torch.Tensor, student: B
     tail, mass = true_tail(setting, ids, log_softmax(bench.teacher_logits(ids), 1))
     outside = tail > -math.inf
     if setting.mode == "sketch":
-        sketch = bench.sketch(setting.rank)
-        log_w = sketch.logits(sketch.encode(bench.states(ids))).masked_fill_(~outside, -math.inf).log_softmax(1)
+        log_w = bench.sketched(setting.rank, ids)[1].masked_fill_(~outside, -math.inf).log_softmax(1)
     else:
         q = student.head(student.body(ids.to(DEVICE))[:, :-1].flatten(0, 1)).float()
         log_w = bench.tail(setting).prior_shape(q.masked_fill_(~outside, -math.inf).softmax(1)).log()
@@ -574,42 +576,36 @@ def bytes_per_token(bench: Bench, setting: Setting) -> float:
     from stages.caching import rows_from_scored
     from stages.corpus import Sequence
     from stages.teacher import ScoredSequence
-    from storage import schema
-    from storage.manifest import ScoringOptions
-    from storage.rows import Ragged, Rows
+    from storage.manifest import ScoringOptions, SketchIdentity
     from storage.shard import split_leaves, write_table
 
     if setting.mode == "online":
         return 0.0
-    scored, codes, residual = [], [], []
-    sketch = bench.sketch(setting.rank) if setting.mode == "sketch" else None
+    scored, identity = [], None
+    if setting.mode == "sketch":
+        identity = SketchIdentity(rank=setting.rank, residual_samples=setting.samples, positions=CALIBRATION * 255)
     for index, row in enumerate(bench.transfer[:96]):
-        logits, sketched = bench.teacher_logits(row[None]), None
-        if sketch is not None:
-            codes.append(sketch.encode(bench.states(row[None])))
-            sketched = sketch.logits(codes[-1])
+        logits, codes, sketched = bench.teacher_logits(row[None]), None, None
+        if setting.mode == "sketch":
+            codes, sketched = bench.sketched(setting.rank, row[None])
         found = statistics_of(setting, row[None], logits, 0, sketched)
         if setting.mode == "rskd":
             found.tail_samples = logits.softmax(1).multinomial(setting.samples, replacement=True).sort(1).values
         arrays = {name: value.cpu().numpy() for name, value in found.__dict__.items()}
-        residual.append((arrays["residual_samples"].ravel(), arrays["residual_mass"]))
-        scored.append(ScoredSequence(Sequence(index, row.numpy().astype(np.int32), np.ones(255, bool)), **arrays))
-    samples = setting.options.tail_samples if setting.mode != "rskd" else setting.samples
-    options = ScoringOptions(engine="x", dtype="float32", top_n=setting.top_n, tail_samples=samples, max_length=256)
-    rows, columns = rows_from_scored(scored, options), options.columns
-    if sketch is not None:
-        columns = schema.columns(sketch_rank=setting.rank, residual_samples=setting.samples)
-        more = {
-            "sketch_codes": [part.flatten().cpu().numpy() for part in codes],
-            "residual_samples": [ids for ids, _ in residual],
-            "residual_mass": [mass for _, mass in residual],
-        }
-        dtypes = {column.name: column.element.to_pandas_dtype() for column in columns}
-        lists = {name: Ragged.from_lists(lists, dtypes[name]) for name, lists in more.items() if name in dtypes}
-        rows = Rows(rows.sequence_id, {**rows.lists, **lists})
+        sequence = Sequence(index, row.numpy().astype(np.int32), np.ones(255, bool))
+        scored.append(ScoredSequence(sequence, **arrays, sketch_codes=None if codes is None else codes.cpu().numpy()))
+    options = ScoringOptions(
+        engine="x",
+        dtype="float32",
+        top_n=setting.top_n,
+        tail_samples=0 if setting.mode == "sketch" else setting.samples,
+        sketch=identity,
+        max_length=256,
+    )
+    columns = options.columns
     if setting.mode == "rskd":
         columns = tuple(c for c in columns if c.name in ("sequence_id", "input_ids", "loss_mask", "tail_samples"))
-    table = rows.to_table(columns, {})
+    table = rows_from_scored(scored, options).to_table(columns, {})
     with tempfile.TemporaryDirectory() as folder:
         written = write_table(Path(folder) / "shard.parquet", table, split_leaves(columns))
     return written.bytes / (96 * 256)
