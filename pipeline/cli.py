@@ -46,12 +46,15 @@ COMMANDS: dict[str, Entry] = {
         "pipeline.commands.cache_teacher",
         "Run the teacher once over a corpus and write its cache of log-probabilities.",
     ),
+    "plan": Entry("pipeline.commands.plan", "Say how large a cache will be and what it will cost, before it is made."),
     "train-student": Entry("pipeline.commands.train_student", "Train a student from a cache; no teacher is needed."),
     "generate": Entry(
         "pipeline.commands.generate", "Let a model write completions for prompts, to be scored or trained on."
     ),
     "inspect": Entry("pipeline.commands.inspect", "Show what a cache holds, or one sequence of it as text."),
     "verify": Entry("pipeline.commands.verify", "Check every shard of a cache against its receipt and the format."),
+    "select": Entry("pipeline.commands.select", "Make a smaller cache from one, without the teacher."),
+    "merge": Entry("pipeline.commands.merge", "Join caches of one teacher into one."),
     "audit": Entry(
         "pipeline.commands.audit", "Score a sample of a cache again with the live teacher, and say whether it agrees."
     ),

@@ -1,8 +1,11 @@
-"""Numbers as a person reads them: short, with a unit, and never rounded up to a goal not yet reached."""
+"""Numbers as a person reads and writes them: short, with a unit, and never rounded up to a goal not yet reached."""
 
 from __future__ import annotations
 
 import math
+import re
+
+from storage.errors import UserError
 
 _DASH = "unknown"
 
@@ -60,3 +63,11 @@ def format_rate(per_second: float, unit: str = "tokens") -> str:
         return _DASH
     number = f"{per_second:.1f}" if 0 < round(abs(per_second), 1) < 10 else format_count(per_second)
     return f"{number} {unit}/s"
+
+
+def parse_range(text: str | None, option: str) -> slice:
+    """`FIRST:STOP`, either of which may be left out; None is all. Raises UserError."""
+    found = re.fullmatch(r"(\d*):(\d*)", text or ":")
+    if not found:
+        raise UserError(f"{option} {text}: wants FIRST:STOP, as in 0:100")
+    return slice(int(found[1] or 0), int(found[2]) if found[2] else None)

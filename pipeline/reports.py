@@ -21,8 +21,10 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
     if scoring.tail_epsilon:
         said = f"{scoring.min_n} to {scoring.top_n}, until less than {scoring.tail_epsilon:g} is left"
         adaptive.append(("adaptive N", f"{said}; {numbers.mean_top_n:.1f} on average"))
+    derived = [f"{origin.sequences:,} sequences of cache {origin.cache_id}" for origin in manifest.derived_from]
     rows: list[tuple[str, object]] = [
         ("cache id", manifest.cache_id),
+        *([("made from", ", ".join(derived))] if derived else []),
         ("teacher", f"{manifest.teacher.name} ({manifest.teacher.architecture}, {scoring.dtype}, {scoring.engine})"),
         ("sequences", f"{numbers.sequences:,}"),
         ("tokens", f"{numbers.tokens:,}"),

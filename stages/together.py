@@ -17,14 +17,15 @@ def check_together(caches: Sequence[Cache]) -> None:
                 raise CacheError(
                     f"{cache.path}: is the same cache as {earlier.path}; name it once and weigh it with --mix"
                 )
-        if differing := _differences(first, cache):
+        if differing := differences(first, cache):
             raise CacheError(
                 f"{cache.path}: does not go together with {first.path}, which has another {', '.join(differing)}; "
                 "train from caches of one teacher"
             )
 
 
-def _differences(one: Cache, other: Cache) -> list[str]:
+def differences(one: Cache, other: Cache) -> list[str]:
+    """What keeps two caches from being of one teacher and tokenizer; empty when they go together."""
     a, b = one.manifest, other.manifest
     found = []
     # A hub teacher has a revision, a local one a fingerprint of its weights: only what both have can differ.

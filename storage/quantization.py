@@ -20,14 +20,21 @@ _FLOAT_ERROR = {16: 2.0**-10, 32: 2.0**-20}
 
 def encode(logprobs: np.ndarray, step: float = LOGPROB_STEP) -> np.ndarray:
     """uint8 codes of log-probabilities in nats, any shape; what rounding lifted above 0 counts as 0."""
-    roots = np.sqrt(np.maximum(-logprobs, 0, dtype=np.float32))
-    return np.minimum(np.rint(roots * np.float32(1 / step)), _LAST).astype(np.uint8)
+    # In place: a shard holds tens of millions.
+    roots = np.negative(logprobs, dtype=np.float32)
+    np.maximum(roots, 0, out=roots)
+    np.sqrt(roots, out=roots)
+    roots *= np.float32(1 / step)
+    np.minimum(roots, _LAST, out=roots)
+    return np.rint(roots, out=roots).astype(np.uint8)
 
 
 def decode(codes: np.ndarray, step: float = LOGPROB_STEP) -> np.ndarray:
     """float32 log-probabilities of uint8 codes."""
-    table = -((step * np.arange(_LAST + 1)) ** 2) + 0.0
-    return table.astype(np.float32)[codes]
+    roots = codes * np.float32(step)
+    np.square(roots, out=roots)
+    # Not -0.0.
+    return np.subtract(np.float32(0), roots, out=roots)
 
 
 def rounding(logprobs: np.ndarray, bits: int) -> np.ndarray:

@@ -26,6 +26,20 @@ class Ragged:
         values = np.concatenate(lists).astype(dtype, copy=False) if lists else np.zeros(0, dtype)
         return cls(values, offsets)
 
+    @classmethod
+    def concatenated(cls, parts: Sequence[Ragged]) -> Ragged:
+        starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+        offsets = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(np.concatenate([part.values for part in parts]), np.concatenate([[0], *offsets]))
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """Some of the rows, by index."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # Where each value lies: from its row's start, as far as it is from its row's start here.
+        at = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[at], offsets)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -59,19 +73,12 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> Rows:
         """These rows (int `[K]`), in this order, as arrays of their own."""
-        picked = {
-            name: Ragged.from_lists([ragged[row] for row in rows], ragged.values.dtype)
-            for name, ragged in self.lists.items()
-        }
-        return Rows(self.sequence_id[rows], picked)
+        return Rows(self.sequence_id[rows], {name: ragged.take(rows) for name, ragged in self.lists.items()})
 
     @classmethod
     def concatenated(cls, parts: Sequence[Rows]) -> Rows:
         """The rows of all `parts` (one at least, of the same columns), one after the other."""
-        lists = {}
-        for name in parts[0].lists:
-            offsets = np.cumsum([0, *(length for part in parts for length in part[name].lengths)])
-            lists[name] = Ragged(np.concatenate([part[name].values for part in parts]), offsets.astype(np.int64))
+        lists = {name: Ragged.concatenated([part[name] for part in parts]) for name in parts[0].lists}
         return cls(np.concatenate([part.sequence_id for part in parts]), lists)
 
     def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:

@@ -1,12 +1,15 @@
 """One Parquet file: writing it, reading it, and the invariants that hold in it.
 
 Encodings: ids and float32 are byte-stream-split, which sets upper bytes and exponents side by side for zstd (float16
-is not: DuckDB cannot read it so); everything is zstd-compressed and every page carries a CRC that reading checks.
+is not: DuckDB cannot read it so; codes of one byte are int32 to Parquet); everything is zstd-compressed and every page
+carries a CRC that reading checks. What other encodings would cost: docs/storage.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from typing import IO
@@ -15,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import schema
+from storage import pages, schema
 from storage.errors import CacheError
 from storage.files import atomic_file
 from storage.manifest import Manifest
@@ -23,7 +26,14 @@ from storage.places import Place
 from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
 
-ZSTD_LEVEL = 3
+# By column, where it is not ZSTD_LEVEL: ids in the order of their probability gain nothing from a higher one.
+ZSTD_LEVEL, ZSTD_LEVELS = 3, {"top_ids": 1}
+# A uint8 is an int32 to Parquet: split, its three zero bytes cost nothing.
+_SPLIT = (pa.int32(), pa.float32(), pa.uint8())
+# Offsets into a column of a shard are int32.
+MOST_VALUES = 2**31 - 1
+# Bytes of a column that are not its values: dictionaries, headers.
+_OVERHEAD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,7 @@ def write_shard(path: Place, rows: Rows, manifest: Manifest, index: int) -> Writ
 
 def split_leaves(columns: Sequence[schema.Column]) -> list[str]:
     """The leaves of a shard that are byte-stream-split."""
-    # Parquet has no integer of fewer bytes than four.
-    split = (pa.int32(), pa.uint8(), pa.float32())
-    return [f"{column.name}.list.element" for column in columns if column.element in split]
+    return [f"{column.name}.list.element" for column in columns if column.element in _SPLIT]
 
 
 def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Written:
@@ -54,7 +62,12 @@ def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Wri
             table,
             pa.PythonFile(file, "w"),
             compression="zstd",
-            compression_level=ZSTD_LEVEL,
+            compression_level={
+                f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: ZSTD_LEVELS.get(
+                    field.name, ZSTD_LEVEL
+                )
+                for field in table.schema
+            },
             use_dictionary=False,
             use_byte_stream_split=list(split_bytes) or False,
             write_page_checksum=True,
@@ -81,10 +94,12 @@ def read_shard(
     index: int,
     columns: Sequence[str] | None = None,
     file: IO[bytes] | RawIOBase | None = None,
+    *,
+    page_checksums: bool = True,
 ) -> Rows:
     """Rows of a shard; `columns` None for all. Raises CacheError on anything but the shard that belongs here.
 
-    file: where the bytes are read from, if not from `path` itself.
+    file: where the bytes are read from, if not from `path` itself. page_checksums: compare those of the pages read.
     """
     wanted = {column.name: column for column in manifest.scoring.columns}
     names = list(wanted) if columns is None else list(dict.fromkeys(["sequence_id", *columns]))
@@ -92,7 +107,11 @@ def read_shard(
         if name not in wanted:
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
-        with pq.ParquetFile(file or path, page_checksum_verification=True, pre_buffer=file is not None) as parquet:
+        with ExitStack() as stack:
+            source = stack.enter_context(open(path, "rb")) if file is None else file  # type: ignore[arg-type]
+            parquet = stack.enter_context(
+                pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=file is not None)
+            )
             stored = parquet.schema_arrow
             metadata = stored.metadata or {}
             for key, value in shard_metadata(manifest, index).items():
@@ -103,14 +122,16 @@ def read_shard(
             for name in names:
                 if name not in stored.names or stored.field(name).type != wanted[name].type:
                     raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
-            table = parquet.read(columns=names, use_threads=False)
+            if parquet.metadata.num_rows != manifest.shards[index].sequences:
+                raise CacheError(
+                    f"{path}: {parquet.metadata.num_rows} rows, the plan says {manifest.shards[index].sequences}"
+                )
+            table = read_checked(parquet, source, most_values(manifest, index), names)
     except FileNotFoundError:
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{path}: unreadable as Parquet ({reason[:120]})") from None
-    if len(table) != manifest.shards[index].sequences:
-        raise CacheError(f"{path}: {len(table)} rows, the plan says {manifest.shards[index].sequences}")
     try:
         rows = Rows.from_table(table)
     except CacheError as error:
@@ -118,6 +139,56 @@ def read_shard(
     for problem in structure_problems(rows, manifest, index):
         raise CacheError(f"{path}: {problem}")
     return rows
+
+
+def most_values(manifest: Manifest, index: int) -> dict[str, int]:
+    """How many values each column of a shard may hold at most, an empty list counted as one, by the plan alone."""
+    planned, scoring = manifest.shards[index], manifest.scoring
+    each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n, "P*M": scoring.tail_samples}
+    return {
+        column.name: min(MOST_VALUES, planned.sequences + planned.tokens * each[column.per])
+        for column in scoring.columns
+    }
+
+
+def read_checked(
+    parquet: pq.ParquetFile, source: IO[bytes] | RawIOBase, most: Mapping[str, int], names: list[str]
+) -> pa.Table:
+    """The columns `names`, none of which may claim more than `most` values.
+
+    parquet: opened from `source`. Raises ValueError, before anything is decompressed, for columns whose pages are not
+    what the footer says: a few kilobytes of zstd may stand for gigabytes, and Arrow may crash.
+    """
+    values = dict.fromkeys(names, 0)
+    places = list(pages.extents(parquet.metadata, names))
+    for name, extent in places:
+        values[name] += extent.values
+        if values[name] > most[name]:
+            raise ValueError(f"column {name} claims {values[name]} values, the plan allows {most[name]}")
+        # Eight bytes are the widest value; levels and headers of pages come to far less than as much again.
+        if extent.unpacked > 16 * most[name] + _OVERHEAD:
+            raise ValueError(f"column {name} claims {extent.unpacked} bytes for {extent.values} values")
+    with _bytes_of(source) as bytes_of:
+        for _, extent in places:
+            pages.check_pages(bytes_of(extent.start, extent.length), extent)
+    return parquet.read(columns=names, use_threads=False)
+
+
+@contextmanager
+def _bytes_of(source: IO[bytes] | RawIOBase) -> Iterator[Callable[[int, int], memoryview]]:
+    """Start and length -> those bytes of an open file, mapped where that can be."""
+    try:
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+
+        def read(start: int, length: int) -> memoryview:
+            source.seek(start)
+            return memoryview(source.read(length) or b"")
+
+        yield read
+        return
+    # Closed with its last view: an error on its way may hold one.
+    yield lambda start, length: memoryview(mapped)[start : start + length]
 
 
 def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[str]:
@@ -173,7 +244,7 @@ def value_problems(rows: Rows, manifest: Manifest) -> list[str]:
 
 
 def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
-    mask, ids = rows["loss_mask"], rows["input_ids"]
+    mask = rows["loss_mask"]
     counts = rows["top_count"].values.astype(np.int64)
     top_ids, top_logprobs = rows["top_ids"].values, rows["top_logprobs"].values.astype(np.float64)
     gold_logprob = rows["gold_logprob"].values.astype(np.float64)
@@ -239,10 +310,7 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
     if (at := _first(repeated)) is not None:
         yield f"{row_of(int(position_of_entry[order[at]]))}: id {top_ids[order[at]]} stands twice in the top-N"
 
-    # The gold token of position t is input_ids[t+1]: drop the first id of every row.
-    keep = np.ones(len(ids.values), bool)
-    keep[ids.offsets[:-1]] = False
-    gold = ids.values[keep]
+    gold = gold_ids(rows)
     is_gold = top_ids == gold[position_of_entry]
     entry_position = position_of_entry[is_gold]
     above = gold_logprob[entry_position] - top_logprobs[is_gold]
@@ -280,6 +348,14 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
         slack += np.add.reduceat(p * np.expm1(np.append(np.minimum(error, 1.0), 0.0)), starts[:-1])
     if (at := _first(stored & ~(np.abs(total - 1.0) <= slack))) is not None:
         yield f"{row_of(at)}: the kept set and the tail sum to {total[at]:.5f}, not 1"
+
+
+def gold_ids(rows: Rows) -> np.ndarray:
+    """The gold token of every position, flat: of position t it is input_ids[t+1], so the first id of a row is none."""
+    ids = rows["input_ids"]
+    keep = np.ones(len(ids.values), bool)
+    keep[ids.offsets[:-1]] = False
+    return ids.values[keep]
 
 
 def _residual_problems(rows: Rows, manifest: Manifest, kept: np.ndarray, row_of: Callable[[int], str]) -> Iterator[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
+from pipeline.numbers import parse_range
 from pipeline.progress import Progress
 from storage.errors import UserError
 
@@ -17,8 +16,8 @@ from storage.errors import UserError
     "--shards",
     metavar="FIRST:STOP",
     show_default="all",
-    help="Only these shards, numbered from 0, STOP not included, to look at: such a part can be inspected and "
-    "verified, not trained from.",
+    help="Only these shards, numbered from 0, STOP not included. Such a part can be inspected, verified and trained "
+    "from.",
 )
 @click.option("--jobs", default=8, type=click.IntRange(1), help="Files on their way at a time.")
 def command(url: str, directory: str, shards: str | None, jobs: int) -> None:
@@ -47,10 +46,7 @@ def command(url: str, directory: str, shards: str | None, jobs: int) -> None:
 
 def _range(text: str | None, count: int) -> range:
     """Raises UserError unless `text` names at least one of `count` shards."""
-    if text is None:
-        return range(count)
-    found = re.fullmatch(r"(\d*):(\d*)", text)
-    chosen = range(count)[int(found[1] or 0) : int(found[2] or count)] if found else range(0)
+    chosen = range(count)[parse_range(text, "--shards")]
     if not chosen:
         raise UserError(f"--shards {text}: wants FIRST:STOP, as in 0:100; this cache has {count} shards, from 0")
     return chosen
