@@ -31,7 +31,8 @@ _FORMAT_INTRODUCTION = """\
 A cache is a directory of Parquet shards and a manifest. One row is one sequence of `L` token ids. It has
 exactly `L-1` scored positions: position `t` is the teacher's distribution after reading `input_ids[:t+1]`,
 and its gold token is `input_ids[t+1]`. `P` positions have the loss mask set and keep top-N entries, `E` in
-all; `M` is the number of samples per stored position. Log-probabilities are in nats.
+all; `M` is the number of samples per stored position, of the tail or of a sketch's residual, `r` the rank of the
+sketch. Log-probabilities are in nats.
 
 ```text
 cache/
@@ -39,6 +40,9 @@ cache/
   README.md                  dataset card; written last, so it seals the cache
   tokenizer/                 the teacher's tokenizer files
   tail_prior.parquet         mean tail distribution, one float32 per vocabulary id, where the engine gives it
+  sketch.safetensors         with --sketch-rank: basis [V, r], bias [V], encoder [r, H], mean [H], scales [r] and
+                             explained [H], the share of the logits' variance by rank; written before the manifest,
+                             which names its sha256
   tail_prior.json            its receipt: the cache, its sha256
   shards/part-00000.parquet  the rows of a fixed range of sequences
   shards/part-00000.json     its receipt: rows, tokens, bytes, sha256; a shard without one does not exist
@@ -60,6 +64,14 @@ With 8 bits `top_logprobs` are codes: c stands for `-(step c)^2` nats, the step 
 
 Encoding: zstd; ids and float32 byte-stream-split; a CRC on every page. The schema metadata of each file names the
 format version, the cache id and the number of the shard.
+
+## Sketch
+
+With w the softmax over the tail of `cap(bias + basis (scales * (c - 128)))`, `c` the `sketch_codes` of a position, the
+teacher's probability of a tail id is about `exp(tail_logmass)` times its w. `cap(x)` is `soft_cap * tanh(x / soft_cap)`
+where the file's metadata names a `soft_cap`, else x. The codes are `encoder (h - mean) / scales`, rounded, of the
+teacher's last hidden state h. `residual_samples` correct w without bias. A receipt holds the sum over its positions of
+the KL from the teacher to what is given back so.
 
 ## manifest.json
 

@@ -260,8 +260,9 @@ def _in_other_batches(
 
 def _as_scored(scoring: ScoringOptions, statistics: StatisticsOptions) -> ScoringOptions:
     """The cache's columns as far as the live teacher gives them."""
-    # Codes and what was drawn beside them say nothing that a tail does not.
-    given = {"temperatures": statistics.temperatures, "tail_samples": statistics.tail_samples, "sketch": None}
+    given: dict[str, Any] = {"temperatures": statistics.temperatures, "tail_samples": statistics.tail_samples}
+    if not statistics.sketch_rank:
+        given["sketch"] = None
     return scoring.model_copy(update=given)
 
 

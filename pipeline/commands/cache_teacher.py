@@ -79,7 +79,8 @@ _TURNS = ("all", "last", "each")
     default=None,
     type=click.IntRange(0),
     show_default="8 with --sketch-rank",
-    help="Signed ids drawn at each position from what the sketch misses, which make it unbiased.",
+    help="Ids drawn at each position from what the sketch misses, half where it has too little and half where it has "
+    "too much, which make it unbiased. 0, or 2 and more.",
 )
 @click.option(
     "--sketch-positions",
