@@ -14,7 +14,7 @@ import torch
 
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.objective import Objective
-from stages.shard_dataset import Collator, ShardDataset, teacher_rows
+from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from storage.cache import Cache
 from tests.conftest import VOCABULARY
 
@@ -64,7 +64,7 @@ def expected(cache: Cache) -> tuple[float, float]:
     """Mean cross-entropy of the teacher and KL to the uniform distribution, by the project's own loss."""
     sequences = np.arange(cache.manifest.corpus.sequences)
     dataset = ShardDataset(cache, sequences)
-    rows = teacher_rows(Collator(Objective("kl"), VOCABULARY).batch([dataset[i] for i in sequences]))
+    rows = teacher_rows(as_tensors(Collator(Objective("kl"), VOCABULARY).batch([dataset[i] for i in sequences])))
     student = student_terms(torch.zeros(len(rows), VOCABULARY), rows)
     found = divergences(student, teacher_terms(rows, "bucket")).whole
     return -rows.gold_logprob.double().mean().item(), found.double().mean().item()
