@@ -2,21 +2,25 @@
 
     python -m benchmarks.fidelity teacher  --work DIR     a tokenizer and a teacher, trained on Python's own text
     python -m benchmarks.fidelity snapshot --work DIR     KL, its bias, and the student's gradient, at one moment
+    python -m benchmarks.fidelity sketches --work DIR     what sketches leave to residual samples, and their bytes
     python -m benchmarks.fidelity train    --work DIR     students of one start under each setting; goes on when killed
     python -m benchmarks.fidelity show     --work DIR     the tables, in markdown
 
-A setting is written `mode:N:M`, or `prior:N:gamma`:
+A setting is written `mode:N:M`, `prior:N:gamma`, or `sketch:N:r:M`:
 
     online            the live teacher's whole distribution: what all others are compared with
     rskd:M            M ids drawn from the whole distribution, cross-entropy against their frequencies: unbiased (random
                       sampling KD, Anshumann et al., ACL 2025)
     drop:N bucket:N prior:N:gamma sampled:N:M       the tail modes of `stages.tail`, from what a cache holds
+    sketch:N:r:M      a sketch of rank r and M residual samples; M = 0 is the sketch alone
     independent:N:M   `sampled`, but M independent draws instead of one from each of M strata
     mix:N:M:gamma:a   the share a of the tail as `prior` says, the rest as `sampled`: less noise, some bias
 
 The teacher is live, but a student sees what a cache gives: our own `row_statistics`, top log-probabilities rounded to
 float16, our own loss. Bytes are those of a shard that the project's writer really wrote, ids and mask included. The
-objective is plain forward `kl`. Text that students train on was not seen by the teacher; held-out text by nobody.
+objective is plain forward `kl`. Text that students train on was not seen by the teacher; held-out text by nobody. A
+sketch is calibrated on the first rows of the former, as `cache-teacher` does; what all positions share, its basis or
+the mean tail, is not in the bytes.
 """
 
 from __future__ import annotations
@@ -42,18 +46,24 @@ from stages.causal_lm import BodyAndHead
 from stages.divergence import StudentTerms, TeacherRows, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import Objective, coefficients, compare, weighted_sum
-from stages.statistics import RowStatistics, StatisticsOptions, row_statistics, sample_uniforms
+from stages.sketch import HiddenMoments, Sketch, calibrate
+from stages.statistics import RowStatistics, StatisticsOptions, residual_uniforms, row_statistics, sample_uniforms
 from stages.tail import Tail, log_prior
 
 # One device sums in another order than the next; the comparison within one machine is what counts.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = ["online", "rskd:12", "rskd:50", "sampled:4:28", "sampled:8:16", "independent:8:16", "mix:8:16:0.5:0.3"]
 SETTINGS += ["drop:64", "bucket:16", "bucket:64", "prior:16:0.5", "prior:64:0.5"]
+SETTINGS += ["rskd:24", "sketch:4:16:12", "sketch:4:16:0"]
+SKETCHES = [f"sketch:{n}:{r}:0" for n in (2, 4, 8) for r in (8, 16, 32, 64)]
 SNAPSHOT = [
     f"{mode}:{n}{rest}"
     for n in (4, 8, 16, 32, 64, 128)
     for mode, rest in [("drop", ""), ("bucket", ""), ("prior", ":0.5"), ("prior", ":1"), ("sampled", ":8")]
 ] + ["independent:16:8", "sampled:4:28", "independent:4:28", "rskd:12", "rskd:50"]
+SNAPSHOT += [f"sketch:4:{r}:{m}" for r in (8, 16, 32) for m in (0, 8, 16)]
+# Rows of the students' text that sketches and mean tails are made of.
+CALIBRATION = 64
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Setting:
     samples: int = 0
     gamma: float = 0.5
     share: float = 0.0
+    rank: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Setting:
@@ -77,16 +88,24 @@ class Setting:
             return cls(mode, int(numbers[0]), gamma=float(numbers[1]))
         if mode == "mix":
             return cls(mode, int(numbers[0]), int(numbers[1]), float(numbers[2]), float(numbers[3]))
+        if mode == "sketch":
+            return cls(mode, int(numbers[0]), int(numbers[2]), rank=int(numbers[1]))
         return cls(mode, *map(int, numbers))
 
     @property
     def tail_mode(self) -> Any:
         return "sampled" if self.mode in ("independent", "mix") else self.mode
 
+    @property
+    def options(self) -> StatisticsOptions:
+        if self.mode == "sketch":
+            return StatisticsOptions(self.top_n, residual_samples=self.samples)
+        return StatisticsOptions(self.top_n, tail_samples=self.samples)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["teacher", "snapshot", "train", "show"])
+    parser.add_argument("step", choices=["teacher", "snapshot", "sketches", "train", "show"])
     parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=192, help="of the teacher")
@@ -108,7 +127,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    {"teacher": make_teacher, "snapshot": snapshot, "train": train, "show": show}[arguments.step](arguments)
+    steps = {"teacher": make_teacher, "snapshot": snapshot, "sketches": sketches, "train": train, "show": show}
+    steps[arguments.step](arguments)
 
 
 # Teacher, text and students -------------------------------------------------------------------------------------------
@@ -215,6 +235,7 @@ class Bench:
         self.vocabulary = len(self.tokenizer)
         self.prior_sums: dict[int, torch.Tensor] = {}
         self.hidden: dict[bytes, torch.Tensor] = {}
+        self.sketches: dict[int, Sketch] = {}
 
     def text(self, name: str) -> torch.Tensor:
         """int64 `[S, 256]`"""
@@ -233,21 +254,37 @@ class Bench:
 
     @torch.no_grad()
     def teacher_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """float32 `[S * 255, V]` of the scored positions of rows of ids. Hidden states are computed once."""
+        """float32 `[S * 255, V]` of the scored positions of rows of ids."""
+        return self.teacher.head(self.states(ids)).float() / self.arguments.sharpen
+
+    @torch.no_grad()
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's `[S * 255, H]` before its head, computed once."""
         names = [row.numpy().tobytes() for row in ids]
         new = [index for index, name in enumerate(names) if name not in self.hidden]
         if new:
             states = self.teacher.body(ids[new].to(DEVICE))[:, :-1]
             self.hidden.update({names[index]: row for index, row in zip(new, states, strict=True)})
-        return self.teacher.head(torch.cat([self.hidden[name] for name in names])).float() / self.arguments.sharpen
+        return torch.cat([self.hidden[name] for name in names])
+
+    def sketch(self, rank: int) -> Sketch:
+        if rank not in self.sketches:
+            head = self.teacher.head_parameters[0]
+            moments = HiddenMoments(head.shape[1], DEVICE)
+            for ids in self.transfer[:CALIBRATION].split(4):
+                moments.add(self.states(ids))
+            self.sketches[rank] = calibrate(moments, head, None, rank, logit_scale=1 / self.arguments.sharpen)
+        return self.sketches[rank]
 
     def tail(self, setting: Setting) -> Tail:
         """The tail mode; its prior is the mean tail at this N over the first rows of the students' text."""
+        if setting.mode == "sketch":
+            return Tail("sketch", sketch=self.sketch(setting.rank))
         if setting.mode not in ("prior", "mix"):
             return Tail(setting.tail_mode)
         if setting.top_n not in self.prior_sums:
             total = torch.zeros(self.vocabulary, dtype=torch.float64, device=DEVICE)
-            for ids in self.transfer[:64].split(4):
+            for ids in self.transfer[:CALIBRATION].split(4):
                 gold = ids[:, 1:].flatten().to(DEVICE)
                 row_statistics(self.teacher_logits(ids), gold, StatisticsOptions(setting.top_n), prior_sum=total)
             self.prior_sums[setting.top_n] = total.float()
@@ -270,30 +307,46 @@ class Bench:
 # What a student sees of the teacher -----------------------------------------------------------------------------------
 
 
-def statistics_of(setting: Setting, ids: torch.Tensor, logits: torch.Tensor, seed: int) -> RowStatistics:
-    """The project's own statistics of rows of ids; `logits` are left as they are."""
-    options = StatisticsOptions(setting.top_n, tail_samples=setting.samples, seed=seed)
-    uniforms = None
+def statistics_of(
+    setting: Setting, ids: torch.Tensor, logits: torch.Tensor, seed: int, sketched: torch.Tensor | None = None
+) -> RowStatistics:
+    """The project's own statistics of rows of ids; `logits` are left as they are. sketched: what a sketch has for them,
+    overwritten.
+    """
+    options = replace(setting.options, seed=seed)
+    uniforms = np.concatenate([sample_uniforms(row, options) for row in ids.numpy()])
+    residual = np.concatenate([residual_uniforms(row, options) for row in ids.numpy()])
     if setting.mode == "independent":
         generator = np.random.default_rng([seed, *ids[0, :8].tolist()])
         uniforms = generator.random((ids[:, 1:].numel(), setting.samples))
-    elif setting.samples:
-        uniforms = np.concatenate([sample_uniforms(row, options) for row in ids.numpy()])
-    gold = ids[:, 1:].flatten().to(DEVICE)
-    drawn = None if uniforms is None else torch.from_numpy(uniforms).to(DEVICE)
-    return row_statistics(logits.clone(), gold, options, uniforms=drawn)
+    return row_statistics(
+        logits.clone(),
+        ids[:, 1:].flatten().to(DEVICE),
+        options,
+        uniforms=torch.from_numpy(uniforms).to(DEVICE),
+        sketch_logits=sketched,
+        residual_uniforms=torch.from_numpy(residual).to(DEVICE),
+    )
 
 
-def stored_rows(setting: Setting, ids: torch.Tensor, logits: torch.Tensor, seed: int) -> TeacherRows:
+def stored_rows(bench: Bench, setting: Setting, ids: torch.Tensor, logits: torch.Tensor, seed: int) -> TeacherRows:
     """What comes back out of a cache."""
-    found = statistics_of(setting, ids, logits, seed)
+    codes = sketched = None
+    if setting.mode == "sketch":
+        sketch = bench.sketch(setting.rank)
+        codes = sketch.encode(bench.states(ids))
+        sketched = sketch.logits(codes)
+    found = statistics_of(setting, ids, logits, seed, sketched)
     return TeacherRows(
         ids[:, 1:].flatten().to(DEVICE),
         found.gold_logprob,
         found.tail_logmass,
         found.top_ids,
         found.top_logprobs.half().float(),
-        found.tail_samples if setting.samples else None,
+        found.tail_samples if found.tail_samples.shape[1] else None,
+        sketch_codes=codes,
+        residual_samples=found.residual_samples,
+        residual_mass=found.residual_mass.half().float(),
     )
 
 
@@ -324,7 +377,7 @@ class Loss:
             wanted = target(self.setting, logits, seed=hash((seed, *ids[0, :8].tolist())) % 2**31)
             constant = torch.xlogy(wanted, wanted).sum(1).mean()
             return cross_entropy(student.head(hidden), wanted) + constant
-        rows = stored_rows(self.setting, ids, logits, seed)
+        rows = stored_rows(self.bench, self.setting, ids, logits, seed)
         return torch.stack([weight * self.of_cache(student, hidden, rows, tail) for weight, tail in self.tails]).sum()
 
     def of_cache(self, student: BodyAndHead, hidden: torch.Tensor, rows: TeacherRows, tail: Tail) -> torch.Tensor:
@@ -349,15 +402,19 @@ def snapshot(arguments: argparse.Namespace) -> None:
     student = BodyAndHead(model)
     ids = bench.transfer[: arguments.batch]
     whole, kl = gradient(model, Loss(bench, Setting("online")), student, ids, 0)
-    print("| setting | KL | bias | angle, all weights | angle, output layer | angle, body | length ratio |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| setting | KL | bias | angle, all weights | angle, output layer | angle, body | length ratio "
+        "| KL to its expectation |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in arguments.settings or SNAPSHOT:
         setting = Setting.parse(name)
         found, value = gradient(model, Loss(bench, setting), student, ids, 0)
         value += missing_constant(bench, setting, ids)
         angles = [f"{angle(found[part], whole[part]):.1f}°" for part in ("all", "head", "body")]
         ratio = (found["all"].norm() / whole["all"].norm()).item()
-        print(f"| `{name}` | {value:.3f} | {value - kl:+.3f} | {' | '.join(angles)} | {ratio:.3f} |", flush=True)
+        cells = [f"`{name}`", f"{value:.3f}", f"{value - kl:+.3f}", *angles, f"{ratio:.3f}"]
+        print(f"| {' | '.join(cells)} | {expectation_kl(bench, setting, ids, student):.3f} |", flush=True)
 
 
 def gradient(
@@ -388,11 +445,66 @@ def missing_constant(bench: Bench, setting: Setting, ids: torch.Tensor) -> float
         return ((log_p.exp() * log_p).sum(1) - torch.xlogy(wanted, wanted).sum(1)).mean().item()
     if not setting.samples:
         return 0.0
-    found = statistics_of(replace(setting, samples=0, mode="bucket"), ids, logits, 0)
-    gold = ids[:, 1:].flatten().to(DEVICE)
-    tail = log_p.scatter(1, torch.cat([found.top_ids, gold[:, None]], 1), -math.inf)
-    within = tail.clamp(min=-1e4) - found.tail_logmass.clamp(min=-1e4)[:, None]
+    tail, mass = true_tail(setting, ids, log_p)
+    within = tail.clamp(min=-1e4) - mass.clamp(min=-1e4)[:, None]
     return (1.0 - setting.share) * (tail.exp() * within).sum(1).mean().item()
+
+
+def true_tail(setting: Setting, ids: torch.Tensor, log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p `[R, V]` with -inf on the kept set, and its log-sum-exp `[R]`."""
+    found = statistics_of(Setting("bucket", setting.top_n), ids, log_p, 0)
+    kept = torch.cat([found.top_ids, ids[:, 1:].flatten().to(DEVICE)[:, None]], 1)
+    return log_p.scatter(1, kept, -math.inf), found.tail_logmass
+
+
+@torch.no_grad()
+def expectation_kl(bench: Bench, setting: Setting, ids: torch.Tensor, student: BodyAndHead) -> float:
+    """KL from the teacher to the mean of what a student is shown: 0 where that is unbiased, infinite where an id gets
+    nothing, and for a shape that is mixed with the student's own, that with this student.
+    """
+    if setting.mode in ("online", "rskd", "sampled", "independent") or (setting.mode == "sketch" and setting.samples):
+        return 0.0
+    if setting.mode in ("drop", "bucket"):
+        return math.inf if setting.mode == "drop" else math.nan
+    tail, mass = true_tail(setting, ids, log_softmax(bench.teacher_logits(ids), 1))
+    outside = tail > -math.inf
+    if setting.mode == "sketch":
+        sketch = bench.sketch(setting.rank)
+        log_w = sketch.logits(sketch.encode(bench.states(ids))).masked_fill_(~outside, -math.inf).log_softmax(1)
+    else:
+        q = student.head(student.body(ids.to(DEVICE))[:, :-1].flatten(0, 1)).float()
+        log_w = bench.tail(setting).prior_shape(q.masked_fill_(~outside, -math.inf).softmax(1)).log()
+    p = tail.exp()
+    if setting.mode == "mix":
+        log_w = torch.log(setting.share * log_w.exp() + (1 - setting.share) * (tail - mass[:, None]).exp())
+    gap = torch.where(p > 0, p * (tail - mass[:, None] - log_w), 0.0)
+    return gap.sum(1).mean().item()
+
+
+@torch.no_grad()
+def sketches(arguments: argparse.Namespace) -> None:
+    """Of held-out text: the share of the logits' variance that a sketch explains, the KL from the teacher to what it
+    gives back, and the mean mass R of what is left, which is 1 without a sketch: the noise of M residual samples goes
+    with R^2 / M.
+    """
+    bench = Bench(arguments)
+    print("| setting | explained | KL | R | R^2 | bytes per token |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name in arguments.settings or SKETCHES:
+        setting = Setting.parse(name)
+        sketch, found = bench.sketch(setting.rank), []
+        for ids in bench.held_out[:16].split(4):
+            logits = bench.teacher_logits(ids)
+            kl = expectation_kl(bench, replace(setting, samples=0), ids, bench.teacher)
+            rows = stored_rows(bench, setting, ids, logits, 0)
+            # As much as a tail weighs, so much does its noise.
+            share, left = rows.tail_logmass.exp(), rows.residual_mass
+            assert left is not None
+            found.append([kl, (share * left).sum() / share.sum(), (share * left).square().sum() / share.square().sum()])
+        kl, left, square = torch.tensor(found).mean(0).tolist()
+        explained = sketch.explained[setting.rank - 1].item()
+        cells = f"{explained:.3f} | {kl:.4f} | {left:.3f} | {square:.3f} | {bytes_per_token(bench, setting):.1f}"
+        print(f"| `{name}` | {cells} |", flush=True)
 
 
 # Over a training ------------------------------------------------------------------------------------------------------
@@ -462,26 +574,42 @@ def bytes_per_token(bench: Bench, setting: Setting) -> float:
     from stages.caching import rows_from_scored
     from stages.corpus import Sequence
     from stages.teacher import ScoredSequence
+    from storage import schema
     from storage.manifest import ScoringOptions
+    from storage.rows import Ragged, Rows
     from storage.shard import split_leaves, write_table
 
     if setting.mode == "online":
         return 0.0
-    scored = []
+    scored, codes, residual = [], [], []
+    sketch = bench.sketch(setting.rank) if setting.mode == "sketch" else None
     for index, row in enumerate(bench.transfer[:96]):
-        logits = bench.teacher_logits(row[None])
-        found = statistics_of(setting, row[None], logits, 0)
+        logits, sketched = bench.teacher_logits(row[None]), None
+        if sketch is not None:
+            codes.append(sketch.encode(bench.states(row[None])))
+            sketched = sketch.logits(codes[-1])
+        found = statistics_of(setting, row[None], logits, 0, sketched)
         if setting.mode == "rskd":
             found.tail_samples = logits.softmax(1).multinomial(setting.samples, replacement=True).sort(1).values
         arrays = {name: value.cpu().numpy() for name, value in found.__dict__.items()}
+        residual.append((arrays["residual_samples"].ravel(), arrays["residual_mass"]))
         scored.append(ScoredSequence(Sequence(index, row.numpy().astype(np.int32), np.ones(255, bool)), **arrays))
-    options = ScoringOptions(
-        engine="x", dtype="float32", top_n=setting.top_n, tail_samples=setting.samples, max_length=256
-    )
-    columns = options.columns
+    samples = setting.options.tail_samples if setting.mode != "rskd" else setting.samples
+    options = ScoringOptions(engine="x", dtype="float32", top_n=setting.top_n, tail_samples=samples, max_length=256)
+    rows, columns = rows_from_scored(scored, options), options.columns
+    if sketch is not None:
+        columns = schema.columns(sketch_rank=setting.rank, residual_samples=setting.samples)
+        more = {
+            "sketch_codes": [part.flatten().cpu().numpy() for part in codes],
+            "residual_samples": [ids for ids, _ in residual],
+            "residual_mass": [mass for _, mass in residual],
+        }
+        dtypes = {column.name: column.element.to_pandas_dtype() for column in columns}
+        lists = {name: Ragged.from_lists(lists, dtypes[name]) for name, lists in more.items() if name in dtypes}
+        rows = Rows(rows.sequence_id, {**rows.lists, **lists})
     if setting.mode == "rskd":
         columns = tuple(c for c in columns if c.name in ("sequence_id", "input_ids", "loss_mask", "tail_samples"))
-    table = rows_from_scored(scored, options).to_table(columns, {})
+    table = rows.to_table(columns, {})
     with tempfile.TemporaryDirectory() as folder:
         written = write_table(Path(folder) / "shard.parquet", table, split_leaves(columns))
     return written.bytes / (96 * 256)

@@ -4,14 +4,16 @@
 
     ce      cross-entropy with the model's own loss: what ordinary fine-tuning costs
     ours    `train-student`'s step: DistillationTrainer.compute_loss, objective atkd, tail samples, fused head and loss
+    sketch  `ours`, the tail from a sketch and its residual samples
     naive   the same objective from the same stored rows, on the student's full logits
     liger   cross-entropy with Liger's fused linear loss (CUDA; it has no CPU kernels)
     online  KL to a live teacher with about ten times the student's parameters, on full logits
 
 Each way runs in a process of its own: a warm-up step, then `--steps` timed ones with AdamW; the ways take turns, round
 after round, so that a machine whose speed drifts does not favour one. Ratios are medians over rounds against `ce` of
-the same round. Memory is the peak during the timed steps above what is held between steps, the weights and AdamW's
-moments: activations, logits and gradients. Weights are random; the stored rows are the statistics of random logits.
+the same round; what the sketch costs is its ratio to `ours`. Memory is the peak during the timed steps above what is
+held between steps, the weights and AdamW's moments: activations, logits and gradients. Weights are random; the stored
+rows are the statistics of random logits.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.models import random_qwen3
 from benchmarks.rounds import report, take_turns
 
-WAYS = ("ce", "ours", "naive", "liger", "online")
+WAYS = ("ce", "ours", "sketch", "naive", "liger", "online")
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--top-n", type=int, default=16)
     parser.add_argument("--tail-samples", type=int, default=16)
+    parser.add_argument("--sketch-rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -68,20 +71,20 @@ def show(arguments: argparse.Namespace, found: dict[str, list[dict[str, float]]]
         f"{arguments.layers} layers, {arguments.dtype}, {arguments.device}, {arguments.rounds} rounds, "
         f"{os.cpu_count()} cores\n"
     )
-    print("| way | seconds a step | of ce | tokens/s | memory MB | of ce |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| way | seconds a step | of ce | of ours | tokens/s | memory MB | of ce |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for way, rounds in found.items():
         seconds = statistics.median(r["seconds"] for r in rounds)
         memory = statistics.median(r["memory_mb"] for r in rounds)
 
-        def ratio(name: str, rounds: list[dict[str, float]] = rounds) -> str:
-            if "ce" not in found:
+        def ratio(name: str, base: str = "ce", rounds: list[dict[str, float]] = rounds) -> str:
+            if base not in found:
                 return ""
-            return f"{statistics.median(a[name] / b[name] for a, b in zip(rounds, found['ce'], strict=True)):.2f}"
+            return f"{statistics.median(a[name] / b[name] for a, b in zip(rounds, found[base], strict=True)):.2f}"
 
         print(
-            f"| {way} | {seconds:.3f} | {ratio('seconds')} | {arguments.tokens / seconds:.0f} | {memory:.0f} | "
-            f"{ratio('memory_mb')} |"
+            f"| {way} | {seconds:.3f} | {ratio('seconds')} | {ratio('seconds', 'ours')} | "
+            f"{arguments.tokens / seconds:.0f} | {memory:.0f} | {ratio('memory_mb')} |"
         )
 
 
@@ -133,12 +136,15 @@ def make_batch(arguments: argparse.Namespace) -> dict[str, Any]:
     input_ids = torch.randint(0, arguments.vocabulary, (count, length), generator=generator)
     rows = torch.cat([torch.arange(length - 1) + length * row for row in range(count)])
     gold = input_ids.flatten()[rows + 1]
-    options = StatisticsOptions(arguments.top_n, tail_samples=arguments.tail_samples)
-    parts = []
+    samples = arguments.tail_samples
+    options = StatisticsOptions(arguments.top_n, tail_samples=samples, residual_samples=samples)
+    sketch, codes, parts = make_sketch(arguments), [], []
     for part in gold.split(64):
         logits = 3 * torch.randn((len(part), arguments.vocabulary), generator=generator)
-        uniforms = torch.rand((len(part), arguments.tail_samples), dtype=torch.float64, generator=generator)
-        parts.append(row_statistics(logits, part, options, uniforms=uniforms))
+        uniforms = torch.rand((len(part), samples), dtype=torch.float64, generator=generator)
+        codes.append(torch.randint(108, 149, (len(part), sketch.rank), generator=generator).to(torch.uint8))
+        drawn = {"uniforms": uniforms, "residual_uniforms": uniforms}
+        parts.append(row_statistics(logits, part, options, sketch_logits=sketch.logits(codes[-1]), **drawn))
 
     def all_of(name: str) -> torch.Tensor:
         return torch.cat([getattr(part, name) for part in parts])
@@ -154,7 +160,22 @@ def make_batch(arguments: argparse.Namespace) -> dict[str, Any]:
         "top_ids": all_of("top_ids"),
         "top_logprobs": all_of("top_logprobs"),
         "tail_samples": all_of("tail_samples"),
+        "sketch_codes": torch.cat(codes),
+        "residual_samples": all_of("residual_samples"),
+        "residual_mass": all_of("residual_mass").half(),
     }
+
+
+def make_sketch(arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from stages.sketch import Sketch
+
+    generator = torch.Generator().manual_seed(2)
+    size, rank = arguments.vocabulary, arguments.sketch_rank
+    basis, bias = (torch.randn(shape, generator=generator) for shape in ((size, rank), (size,)))
+    nothing = torch.zeros(1)
+    return Sketch(basis, bias, nothing, nothing, torch.full((rank,), 0.06), nothing)
 
 
 Loss = Callable[[], Any]
@@ -165,17 +186,29 @@ def ce(student: Any, batch: dict[str, Any], arguments: argparse.Namespace) -> Lo
 
 
 def ours(student: Any, batch: dict[str, Any], arguments: argparse.Namespace) -> Loss:
-    from transformers import TrainingArguments
-
     from stages.objective import Objective
     from stages.tail import Tail
+
+    return trained(student, batch, arguments, Objective(tail="sampled"), Tail("sampled"))
+
+
+def sketch(student: Any, batch: dict[str, Any], arguments: argparse.Namespace) -> Loss:
+    from stages.objective import Objective
+
+    objective = Objective(tail="sketch")
+    return trained(student, batch, arguments, objective, objective.sketch_tail(make_sketch(arguments)))
+
+
+def trained(student: Any, batch: dict[str, Any], arguments: argparse.Namespace, objective: Any, tail: Any) -> Loss:
+    from transformers import TrainingArguments
+
     from stages.training import DistillationTrainer
 
     trainer = DistillationTrainer(
         model=student,
         args=TrainingArguments(tempfile.mkdtemp(), report_to=[], use_cpu=arguments.device == "cpu"),
-        objective=Objective(tail="sampled"),
-        tail=Tail("sampled"),
+        objective=objective,
+        tail=tail,
     )
     return lambda: trainer.compute_loss(student, batch)
 
@@ -230,6 +263,7 @@ def online(student: Any, batch: dict[str, Any], arguments: argparse.Namespace) -
 LOSSES: dict[str, Callable[[Any, dict[str, Any], argparse.Namespace], Loss]] = {
     "ce": ce,
     "ours": ours,
+    "sketch": sketch,
     "naive": naive,
     "liger": liger,
     "online": online,

@@ -39,6 +39,7 @@ cache/
   README.md                  dataset card; written last, so it seals the cache
   tokenizer/                 the teacher's tokenizer files
   tail_prior.parquet         mean tail distribution, one float32 per vocabulary id, where the engine gives it
+  tail_prior.json            its receipt: the cache, its sha256
   shards/part-00000.parquet  the rows of a fixed range of sequences
   shards/part-00000.json     its receipt: rows, tokens, bytes, sha256; a shard without one does not exist
   tail_sums/part-00000.parquet   its summed tail, float64, from which the mean is made
@@ -70,6 +71,10 @@ only) as canonical JSON. Everything that makes, resumes, reads or trains from a 
 ## Receipt
 
 {receipt}
+
+## Receipt of the tail prior
+
+{prior_receipt}
 """
 
 
@@ -151,7 +156,8 @@ def format_markdown() -> str:
     """The reference of the columns."""
     from storage import manifest, schema
 
-    rest = _FORMAT_REST.format(manifest=_fields(manifest.Manifest), receipt=_fields(manifest.Receipt))
+    models = {"manifest": manifest.Manifest, "receipt": manifest.Receipt, "prior_receipt": manifest.PriorReceipt}
+    rest = _FORMAT_REST.format(**{name: _fields(model) for name, model in models.items()})
     return "\n".join([_NOTE + "# Format of a cache\n", _FORMAT_INTRODUCTION, schema.format_markdown(), rest])
 
 

@@ -46,6 +46,7 @@ COMMANDS: dict[str, Entry] = {
         "pipeline.commands.cache_teacher",
         "Run the teacher once over a corpus and write its cache of log-probabilities.",
     ),
+    "plan": Entry("pipeline.commands.plan", "Say how large a cache will be and what it will cost, before it is made."),
     "train-student": Entry("pipeline.commands.train_student", "Train a student from a cache; no teacher is needed."),
     "generate": Entry(
         "pipeline.commands.generate", "Let a model write completions for prompts, to be scored or trained on."

@@ -19,6 +19,7 @@ from stages.differences import MEASURES, Comparison, Differences, apart
 from stages.engines import Choice, EngineOptions, choose, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
+from stages.sketch_calibration import from_file
 from stages.statistics import StatisticsOptions
 from stages.teacher import Teacher
 from storage.cache import Cache
@@ -42,7 +43,7 @@ _CONTROL_SEQUENCES = 3
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """cache: directory or URL. sequences: how many are scored again; share: the same as a part of all, 0..1.
+    """cache: directory or URL. sequences: how many are scored again, else DEFAULT_SEQUENCES; or share: of all, 0..1.
 
     dtype: of the teacher; None for the one in the manifest. threshold: nats, the largest difference that passes; None
     for MAX_FACTOR times the control's, and at least the floor of the dtype.
@@ -50,7 +51,7 @@ class AuditOptions:
 
     cache: str
     engine: EngineOptions
-    sequences: int = DEFAULT_SEQUENCES
+    sequences: int | None = None
     share: float | None = None
     seed: int = 0
     dtype: str | None = None
@@ -129,6 +130,8 @@ class Audit:
 
 def prepare(options: AuditOptions) -> PreparedAudit:
     """Draw the sample and choose the engine. Raises UserError or CacheError; reads the manifest and no shard."""
+    if options.sequences is not None and options.share is not None:
+        raise UserError("--sequences and --share say the same thing in two ways; give one of them")
     cache = Cache.open(options.cache)
     manifest, engine = cache.manifest, options.engine
     source: dict[str, Any] = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
@@ -141,10 +144,19 @@ def prepare(options: AuditOptions) -> PreparedAudit:
         )
     different = _identity_differences(manifest, engine.teacher, config, load_tokenizer(engine.teacher, **source))
     scoring = manifest.scoring
-    # vLLM's stock API gives the top-N and no more.
+    # vLLM's stock API gives the top-N and no more, and only engines that run here show hidden states.
     stock = engine.vllm_route == "prompt-logprobs"
+    elsewhere = stock or engine.engine == "server" or engine.server_url is not None
+    sketch = None if elsewhere else scoring.sketch
     statistics = StatisticsOptions(
-        scoring.top_n, () if stock else scoring.temperatures, 0 if stock else scoring.tail_samples, scoring.seed
+        scoring.top_n,
+        () if stock else scoring.temperatures,
+        0 if stock else scoring.tail_samples,
+        scoring.seed,
+        scoring.tail_epsilon,
+        scoring.min_n,
+        sketch_rank=sketch.rank if sketch else 0,
+        residual_samples=sketch.residual_samples if sketch else 0,
     )
     sample = draw(cache, options.sequences, options.share, options.seed)
     choice = choose(
@@ -162,11 +174,11 @@ def prepare(options: AuditOptions) -> PreparedAudit:
     return PreparedAudit(options, cache, sample, statistics, dtype, choice, different)
 
 
-def draw(cache: Cache, sequences: int, share: float | None, seed: int) -> np.ndarray:
+def draw(cache: Cache, sequences: int | None, share: float | None, seed: int) -> np.ndarray:
     """int64, ascending: ids of the sequences to score again, each as likely as any other of those that are here."""
     ranges = [cache.manifest.shards[index] for index in cache.shards_here]
     here = np.concatenate([np.arange(shard.first, shard.first + shard.sequences) for shard in ranges])
-    count = sequences if share is None else max(1, round(share * len(here)))
+    count = (sequences or DEFAULT_SEQUENCES) if share is None else max(1, round(share * len(here)))
     order = np.random.default_rng([seed, 0xA0D17]).permutation(len(here))
     return np.sort(here[order[:count]])
 
@@ -188,6 +200,8 @@ def run(prepared: PreparedAudit, progress: Callable[[int], None]) -> Audit:
                 f"vocabulary of {manifest.vocabulary_size}; this is not the teacher of this cache"
             )
         scoring = _as_scored(manifest.scoring, prepared.statistics)
+        if scoring.sketch is not None:
+            teacher.use_sketch(from_file(prepared.cache.sketch()))
         cache, control = Differences(manifest), Differences(manifest)
         shards: set[int] = set()
         for number, stored in enumerate(_stored(prepared.cache, prepared.sample, shards)):
@@ -246,7 +260,9 @@ def _in_other_batches(
 
 def _as_scored(scoring: ScoringOptions, statistics: StatisticsOptions) -> ScoringOptions:
     """The cache's columns as far as the live teacher gives them."""
-    return scoring.model_copy(update={"temperatures": statistics.temperatures, "tail_samples": statistics.tail_samples})
+    # Codes and what was drawn beside them say nothing that a tail does not.
+    given = {"temperatures": statistics.temperatures, "tail_samples": statistics.tail_samples, "sketch": None}
+    return scoring.model_copy(update=given)
 
 
 def _lists(rows: Rows, name: str) -> list[np.ndarray]:

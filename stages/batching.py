@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from stages.mixing import Mixture
+from stages.read_ahead import ReadAhead
 from storage.errors import UserError
 
 Batching = Literal["padded", "length-grouped", "packed"]
@@ -74,7 +75,11 @@ class EpochBatches(Sampler[list[int]]):
         return self._count // self._plan.devices
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._epoch_batches(self._epoch)[self._plan.device :: self._plan.devices])
+        batches = self._epoch_batches(self._epoch)[self._plan.device :: self._plan.devices]
+        ahead = ReadAhead(self._mixture, batches)
+        for number, batch in enumerate(batches):
+            ahead.reach(number)
+            yield batch
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         """Of all devices."""

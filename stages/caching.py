@@ -70,6 +70,7 @@ class CacheOptions:
     sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
     miss; None: DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
     whose sketch, and its rank, is taken instead.
+    license, citation: for the dataset card; they change no number and are no part of the identity.
     """
 
     engine: EngineOptions
@@ -91,10 +92,13 @@ class CacheOptions:
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     seed: int = 0
     columns: dict[str, str | None] = field(default_factory=dict)
+    turns: str = "all"
     append_eos: bool = True
     split: str | None = None
     limit: int | None = None
     processes: int | None = None
+    license: str | None = None
+    citation: str | None = None
 
     def statistics(self) -> StatisticsOptions:
         samples = self._samples
@@ -207,6 +211,7 @@ def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
         CorpusOptions(
             max_length=teacher.max_length,
             overlong=options.overlong,  # type: ignore[arg-type]
+            turns=options.turns,  # type: ignore[arg-type]
             append_eos=options.append_eos,
             split=options.split,
             limit=options.limit,
@@ -260,14 +265,15 @@ def prepare(options: CacheOptions) -> PreparedCache:
             min_n=statistics.min_n,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
-        # A path says more about the machine than about the data; its last part is enough to recognise it.
-        source={"dataset": Path(options.dataset).name if os.path.exists(options.dataset) else options.dataset},
+        source=_source(options),
         made_with={**_versions(), "engine": choice.reason},
     )
     sketch_bytes = files.sketch_bytes
     if sketch_bytes is None:
         manifest, sketch_bytes = _sketch_there(options.output, manifest)
     cache = Cache.resume(options.output, manifest)
+    if cache is not None:
+        _refuse_other_card(options, cache)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
     return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending, sketch_bytes)
 
@@ -296,8 +302,14 @@ def _wanted_sketch(
     positions = DEFAULT_POSITIONS if options.sketch_positions is None else options.sketch_positions
     if positions < rank:
         raise UserError(f"--sketch-positions {positions}: too few for --sketch-rank {rank}; give many times the rank")
-    residuals = options.statistics().residual_samples
-    return SketchIdentity(rank=rank, residual_samples=residuals, positions=positions), None
+    return SketchIdentity(rank=rank, residual_samples=_residuals(options, rank), positions=positions), None
+
+
+def _residuals(options: CacheOptions, rank: int) -> int:
+    residuals = replace(options, sketch_rank=rank).statistics().residual_samples
+    if residuals == 1:
+        raise UserError("--residual-samples 1: cannot stand for both signs; give 0, 2 or more")
+    return residuals
 
 
 def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple[SketchIdentity, bytes]:
@@ -318,8 +330,7 @@ def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple
             f"--sketch-from {options.sketch_from}: its sketch has rank {theirs.rank} and is calibrated already; leave "
             "out --sketch-rank and --sketch-positions"
         )
-    residuals = replace(options, sketch_rank=theirs.rank).statistics().residual_samples
-    return theirs.model_copy(update={"residual_samples": residuals}), data
+    return theirs.model_copy(update={"residual_samples": _residuals(options, theirs.rank)}), data
 
 
 def _sketch_there(output: str, manifest: Manifest) -> tuple[Manifest, bytes | None]:
@@ -388,19 +399,45 @@ def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
         raise
 
 
+def _source(options: CacheOptions) -> dict[str, Any]:
+    """What the manifest says of the data, which informs and is no part of the identity."""
+    # A path says more about the machine than about the data; its last part is enough to recognise it.
+    local = os.path.exists(options.dataset)
+    said = {
+        "dataset": Path(options.dataset).name if local else options.dataset,
+        "split": None if local else options.split or "train",
+        "limit": options.limit,
+        "license": options.license,
+        "citation": options.citation,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _refuse_other_card(options: CacheOptions, cache: Cache) -> None:
+    """Raises UserError for a licence or citation that the manifest, which never changes, does not state."""
+    for name in ("license", "citation"):
+        given, there = getattr(options, name), cache.manifest.source.get(name)
+        if given is not None and given != there:
+            raise UserError(
+                f"--{name}: this cache was begun with {there!r}; leave the option out and edit {cache.path}/README.md"
+            )
+
+
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
     """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on."""
     calibrate(prepared, lambda tokens: None)
     try:
         cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
         if prepared.sketch is not None:
-            _keep_sketch(cache, prepared.sketch)
+            keep_sketch(cache, prepared.sketch)
         _copy_tokenizer(prepared.tokenizer, cache)
         if prepared.pending:
             teacher = prepared.teacher = prepared.teacher or load_teacher(prepared)
             if prepared.manifest.scoring.sketch is not None:
                 teacher.use_sketch(from_file(cache.sketch()))
             cache_shards(cache, prepared.corpus, teacher, prepared.pending, progress)
+            # What was pulled as a part is now the whole.
+            cache.expect(range(len(cache.manifest.shards)))
     finally:
         if prepared.teacher is not None:
             prepared.teacher.close()
@@ -410,7 +447,7 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
     return cache, summary
 
 
-def _keep_sketch(cache: Cache, data: bytes) -> None:
+def keep_sketch(cache: Cache, data: bytes) -> None:
     """Put the sketch back where it is lost, damaged, or overwritten in a store that knows no exclusive files."""
     try:
         cache.check_sketch()
@@ -507,12 +544,13 @@ def cache_shards(
             seconds = time.monotonic() - started
             if waiting is not None:
                 waiting.result()
-            waiting = writer.submit(_write, cache, index, scored, seconds)
+            waiting = writer.submit(write_scored, cache, index, scored, seconds)
         if waiting is not None:
             waiting.result()
 
 
-def _write(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
+def write_scored(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
+    """Write what the teacher gave as shard `index`. Raises OSError."""
     rows = rows_from_scored(scored.sequences, cache.manifest.scoring)
     kl = [s.sketch_kl.sum(dtype=np.float64) for s in scored.sequences if s.sketch_kl is not None]
     cache.write_shard(index, rows, scored.tail_prior_sum, seconds, float(sum(kl)) if kl else None)

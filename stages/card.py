@@ -21,9 +21,23 @@ def card(cache: Cache, summary: Summary) -> str:
         top_n += f"{summary.mean_top_n:.1f} on average"
     derived = ", ".join(f"{o.sequences} sequences of cache `{o.cache_id}`" for o in manifest.derived_from) or "text"
     revision = f" at revision `{manifest.teacher.revision}`" if manifest.teacher.revision else ""
+    licence = manifest.source.get("license")
+    license_line = f"license: {json.dumps(str(licence))}\n" if licence else ""
+    temperatures = "".join(f", {t:g}" for t in scoring.temperatures)
+    temperatures = f"s 1{temperatures}" if temperatures else " 1"
+    weights = f"sha256 {manifest.teacher.weights[:16]}... of a sample" if manifest.teacher.weights else "as on the hub"
+    made_with = ", ".join(f"{_inline(k)} {_inline(v)}" for k, v in manifest.made_with.items() if k != "engine")
+    data = f", split {_inline(str(manifest.source['split']))}" if "split" in manifest.source else ""
+    data += f", the first {manifest.source['limit']} rows" if "limit" in manifest.source else ""
+    citation = manifest.source.get("citation")
+    citation = f"\nTo cite the source of the text:\n\n```text\n{_block(str(citation))}\n```\n" if citation else ""
     return f"""---
 # JSON strings are YAML strings, whatever stands in them.
 pretty_name: {json.dumps("Teacher log-probabilities of " + manifest.teacher.name)}
+{license_line}task_categories:
+- text-generation
+size_categories:
+- {_size_category(summary.sequences)}
 tags:
 - knowledge-distillation
 - teacher-logits
@@ -44,26 +58,43 @@ pip install teacher-logit-cache
 pipeline train-student --student STUDENT --shards THIS_DIRECTORY --output OUTPUT
 ```
 
+STUDENT is any causal language model with the teacher's tokenizer, which lies in `tokenizer/`. It can be trained at the
+temperature{temperatures}. THIS_DIRECTORY may be a URL, `hf://datasets/...` or `s3://...`. `pipeline verify
+THIS_DIRECTORY` checks every byte, and `pipeline audit THIS_DIRECTORY --teacher TEACHER` compares a sample with the
+teacher itself.
+
+## Teacher and data
+
 | | |
 | --- | --- |
 | cache id | `{manifest.cache_id}` (format version {manifest.format_version}) |
 | teacher | `{_inline(manifest.teacher.name)}`, {_inline(manifest.teacher.architecture)}, scored in {scoring.dtype} |
-| engine | {_inline(scoring.engine)} |
+| teacher's weights | {_inline(weights)} |
+| engine | {_inline(scoring.engine)}; {made_with} |
 | made from | {derived} |
+| data | `{source}`{data} |
+| longest sequence | {scoring.max_length} tokens |
+| corpus fingerprint | `{manifest.corpus.fingerprint}` |
+| licence | {_inline(str(licence)) if licence else "not stated"} |
 | vocabulary | {manifest.vocabulary_size} |
+
+## Statistics
+
+| | |
+| --- | --- |
 | sequences | {summary.sequences} |
 | tokens | {summary.tokens} |
 | positions with a loss | {summary.stored_positions} |
 | shards | {summary.shards} |
 | bytes per token | {summary.bytes_per_token:.1f} |
 | top-N | {top_n} |
+| tail samples per position | {scoring.tail_samples} |
 | sketch | {_sketch(cache, summary)} |
 | extra temperatures | {", ".join(f"{t:g}" for t in scoring.temperatures) or "none"} |
 | mean tail mass | {summary.mean_tail_mass:.4g} |
 | mean UNC = 1 - p(gold) | {summary.mean_unc:.4g} |
 | UNC quantiles | {quantiles} |
 | teacher's cross-entropy (nats) | {summary.teacher_cross_entropy:.4f} |
-| corpus fingerprint | `{manifest.corpus.fingerprint}` |
 
 ## Columns
 
@@ -74,8 +105,19 @@ have the loss mask set and keep E entries in all. Log-probabilities are natural 
 | --- | --- | --- | --- |
 {columns}
 
-Before you share it: the token ids spell out the corpus, so its licence and the teacher's terms of use apply.
-"""
+## Licence and citation
+
+The token ids spell out the corpus, so its licence and the teacher's terms of use apply, whatever is stated above.
+{citation}"""
+
+
+def _size_category(rows: int) -> str:
+    """As dataset hubs name them."""
+    steps = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
+    power = len(str(rows)) - 1
+    if power < 3:
+        return "n<1K"
+    return f"{steps[power - 3]}<n<{steps[power - 2]}" if power < 12 else "n>1T"
 
 
 def _sketch(cache: Cache, summary: Summary) -> str:
@@ -89,3 +131,8 @@ def _sketch(cache: Cache, summary: Summary) -> str:
 def _inline(text: str) -> str:
     """Text that cannot break out of a table cell or a code span."""
     return " ".join(text.replace("`", "'").replace("|", "/").replace("<", "&lt;").split())[:200]
+
+
+def _block(text: str) -> str:
+    """Text that cannot end the code block it stands in."""
+    return "\n".join(line.replace("```", "'''") for line in text.strip().splitlines())[:5000]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +37,8 @@ _SMALL_BYTES = 8 << 20  # below this much data, starting processes takes longer 
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 1000
 
+TURNS = ("all", "last", "each")
+
 Encoded = tuple[np.ndarray, np.ndarray]  # token ids int32 [L], loss mask bool [L-1]
 
 
@@ -50,6 +52,8 @@ class CorpusOptions:
     prompt_column: str | None = None
     completion_column: str | None = None
     messages_column: str | None = None
+    tools_column: str | None = None  # of chats: the functions that the assistant may call
+    turns: Literal["all", "last", "each"] = "all"  # of a chat: with a loss; `each` in a sequence of its own
     append_eos: bool = True  # to text and completions that do not end in it; a chat ends as its template says
     split: str | None = None
     limit: int | None = None  # rows
@@ -62,13 +66,17 @@ class CorpusOptions:
             )
         if self.overlong not in ("cut", "split"):
             raise UserError(f"Over-long rows cannot be treated as '{self.overlong}'; choose cut or split.")
+        if self.turns not in TURNS:
+            raise UserError(f"Turns to train on cannot be '{self.turns}'; choose {', '.join(TURNS)}.")
         if self.processes is not None and self.processes < 1:
             raise UserError(f"The number of processes is {self.processes}; give at least 1, or none for all cores.")
 
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """What became of the rows. With `overlong="cut"`, rows = empty + too_short + without_loss + sequences."""
+    """What became of the rows. Where no row makes several sequences (`split`, `each`), rows = empty + too_short +
+    without_loss + sequences.
+    """
 
     rows: int
     empty: int  # rows: null, empty or only white space
@@ -186,6 +194,9 @@ def _find_kind(rows: Rows, options: CorpusOptions) -> _Kind:
     """From the columns named in the options, else from those there are. Raises UserError listing them."""
     there = rows.column_names
     present = f"the columns of {rows.origin.source} are: {', '.join(there) or 'none'}"
+    if options.tools_column and options.tools_column not in there:
+        raise UserError(f"There is no column '{options.tools_column}': {present}; name one of those.")
+    tools = options.tools_column or ("tools" if "tools" in there else None)
     named: list[_Kind] = []
     if options.text_column:
         named.append(_Kind("text", (options.text_column,)))
@@ -193,11 +204,11 @@ def _find_kind(rows: Rows, options: CorpusOptions) -> _Kind:
         pair = (options.prompt_column or "prompt", options.completion_column or "completion")
         named.append(_Kind("completion", pair))
     if options.messages_column:
-        named.append(_Kind("messages", (options.messages_column,)))
+        named.append(_Kind("messages", (options.messages_column, *([tools] if tools else []))))
     usual = [
         _Kind("text", ("text",)),
         _Kind("completion", ("prompt", "completion")),
-        _Kind("messages", ("messages",)),
+        _Kind("messages", ("messages", *([tools] if tools else []))),
         _Kind("tokens", ("input_ids", "loss_mask") if "loss_mask" in there else ("input_ids",)),
     ]
     kinds = named or [kind for kind in usual if set(kind.columns) <= set(there)]
@@ -212,7 +223,8 @@ def _find_kind(rows: Rows, options: CorpusOptions) -> _Kind:
     for column in kinds[0].columns:
         if column not in there:
             raise UserError(f"There is no column '{column}': {present}; name one of those.")
-    rows.require(kinds[0].columns[:1] if kinds[0].name == "tokens" else kinds[0].columns)
+    # What follows ids or messages may be missing from some files.
+    rows.require(kinds[0].columns[:1] if kinds[0].name in ("tokens", "messages") else kinds[0].columns)
     return kinds[0]
 
 
@@ -240,7 +252,7 @@ class _Encoder:
             open(self.stop_file, "w").close()
             raise
 
-    def _encode(self, batch: Any, indices: list[int]) -> list[Encoded | None]:
+    def _encode(self, batch: Any, indices: list[int]) -> list[Encoded | list[Encoded] | None]:
         columns = decode_columns(batch, self.kind.columns, self.encoded)
         encode: Any = {
             "text": self._texts,
@@ -271,16 +283,24 @@ class _Encoder:
         encoded = iter(encode_spans(self.tokenizer, texts, spans, add_special_tokens=True) if texts else [])
         return [self._marked(*next(encoded)) if is_full else None for is_full in full]
 
-    def _chats(self, indices: list[int], values: list[Any]) -> list[Encoded | None]:
-        from stages.chat import render_chat
+    def _chats(
+        self, indices: list[int], values: list[Any], tools: list[Any] | None = None
+    ) -> list[list[Encoded] | None]:
+        from stages.chat import render_chat, render_turns
 
-        results: list[Encoded | None] = []
-        for value, row in zip(values, indices, strict=True):
+        results: list[list[Encoded] | None] = []
+        turns = self.options.turns
+        for at, (value, row) in enumerate(zip(values, indices, strict=True)):
             if value is None or (isinstance(value, list) and not value):
                 results.append(None)
                 continue
-            ids, marks = render_chat(self.tokenizer, value, self.origin.where(row))
-            results.append((ids, marks[1:]))
+            given: Any = (self.tokenizer, value, self.origin.where(row))
+            own = tools[at] if tools else None
+            if turns == "all":
+                rendered = [render_chat(*given, tools=own)]
+            else:
+                rendered = render_turns(*given, tools=own, last=turns == "last")
+            results.append([(ids, marks[1:]) for ids, marks in rendered])
         return results
 
     def _tokens(self, indices: list[int], values: list[Any], masks: list[Any] | None = None) -> list[Encoded | None]:
@@ -385,7 +405,7 @@ def _pieces(ids: np.ndarray, mask: np.ndarray, options: CorpusOptions) -> Iterat
         yield ids[start : start + longest], mask[start : start + longest - 1]
 
 
-def _records(encoded: list[Encoded | None], options: CorpusOptions) -> pa.Table:
+def _records(encoded: Iterable[Encoded | list[Encoded] | None], options: CorpusOptions) -> pa.Table:
     """A table of records: ids and mask of each sequence, empty lists for what is left out, and why it is.
 
     `overlong` is True on the first record of a row that was cut or split.
@@ -398,16 +418,20 @@ def _records(encoded: list[Encoded | None], options: CorpusOptions) -> pa.Table:
     overlong: list[bool] = []
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     for row in encoded:
-        if row is None or len(row[0]) < 2:
-            found = [(*nothing, _EMPTY if row is None else _TOO_SHORT)]
-        else:
-            pieces = _pieces(*row, options)
-            found = [(*piece, _KEPT) if piece[1].any() else (*nothing, _WITHOUT_LOSS) for piece in pieces]
+        parts = row if isinstance(row, list) else [row]
+        found: list[tuple[np.ndarray, np.ndarray, int]] = []
+        for part in parts:
+            if part is None or len(part[0]) < 2:
+                found.append((*nothing, _EMPTY if part is None else _TOO_SHORT))
+                continue
+            pieces = _pieces(*part, options)
+            found += [(*piece, _KEPT) if piece[1].any() else (*nothing, _WITHOUT_LOSS) for piece in pieces]
+        is_long = any(part is not None and len(part[0]) > options.max_length for part in parts)
         for place, (piece_ids, mask, outcome) in enumerate(found):
             ids.append(piece_ids)
             masks.append(mask)
             outcomes.append(outcome)
-            overlong.append(place == 0 and row is not None and len(row[0]) > options.max_length)
+            overlong.append(place == 0 and is_long)
     columns = [
         _lists(ids, np.int32),
         _lists(masks, bool),

@@ -1,6 +1,7 @@
 """How far the numbers of a cache are from those that a teacher gives for the same sequences, in nats.
 
-What the rounding of storage hides is not counted: two values of a float16 column may be one step apart.
+What the rounding of storage hides is not counted. Nor is, with adaptive N, the tail of positions that keep another
+number of entries: what is near the border is an entry on one side and tail on the other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.manifest import Manifest
+from storage.quantization import rounding
 from storage.rows import Rows
+from storage.schema import column_temperature
 
 # Log-probabilities are compared down to here: a smaller tail may have underflowed where it was summed.
 _LOWEST = -87.0
@@ -20,7 +23,7 @@ _CAP = 1.0e4
 MEASURES = {
     "gold": "log p(gold)",
     "top": "top-N entries, by id",
-    "tail": "log of the tail's mass",
+    "tail": "log of the tail's mass, at every temperature",
     "entropy": "entropy",
 }
 
@@ -45,14 +48,16 @@ class Spread:
 class Comparison:
     """One side against the live teacher. spreads: by the names of MEASURES; one that cannot be had is missing.
 
-    top1_agreement, ids_that_differ, samples_that_differ: shares, of stored positions, entries, samples. mean_kl: nats,
-    over kept set and tail, so a lower bound.
+    top1_agreement, ids_that_differ, samples_that_differ: shares, of stored positions, entries, samples.
+    codes_that_differ: share of the sketch's codes, by more than one step. mean_kl: nats, over kept set and tail, so a
+    lower bound.
     """
 
     spreads: dict[str, Spread]
     top1_agreement: float
     ids_that_differ: float
     samples_that_differ: float | None
+    codes_that_differ: float | None
     mean_kl: float
     max_kl: float
 
@@ -65,7 +70,10 @@ class Differences:
         self._values: dict[str, list[np.ndarray]] = {name: [] for name in MEASURES}
         self._kl: list[np.ndarray] = []
         self._top1: list[np.ndarray] = []
+        self._bits = manifest.scoring.logprob_bits
+        self._is_adaptive = manifest.scoring.tail_epsilon > 0
         self._entries = self._unmatched = self._samples = self._other_samples = 0
+        self._codes = self._other_codes = 0
         self.positions = 0
         self.sequence_of: list[np.ndarray] = []  # of each position, as the next four
         self.position: list[np.ndarray] = []
@@ -84,17 +92,25 @@ class Differences:
         self.live_gold.append(live_gold)
         self._values["gold"].append(apart(gold, live_gold))
         tail, live_tail = (_wide(rows, "tail_logmass") for rows in (ours, live))
-        self._values["tail"].append(apart(tail, live_tail))
+        comparable = ours["top_count"].values == live["top_count"].values
+        if self._is_adaptive:
+            comparable &= mask.values  # elsewhere nobody says how many were kept
+        for name in ("tail_logmass", *(n for n in live.lists if column_temperature(n) is not None)):
+            self._values["tail"].append(apart(_wide(ours, name), _wide(live, name))[comparable])
         if "entropy" in ours.lists and not np.isnan(_wide(live, "entropy")).any():
             entropy = ours["entropy"].values
             self._values["entropy"].append(
-                np.maximum(0, apart(_wide(ours, "entropy"), _wide(live, "entropy")) - _rounding(entropy))
+                np.maximum(0, apart(_wide(ours, "entropy"), _wide(live, "entropy")) - _rounding(entropy, 16))
             )
         self._add_entries(ours, live, (gold, live_gold), (tail, live_tail))
         if len(live.lists.get("tail_samples", mask).values) and "tail_samples" in ours.lists:
             drawn, live_drawn = (rows["tail_samples"].values for rows in (ours, live))
             self._samples += len(drawn)
             self._other_samples += int((drawn != live_drawn).sum())
+        if "sketch_codes" in ours.lists and "sketch_codes" in live.lists:
+            steps = ours["sketch_codes"].values.astype(np.int16) - live["sketch_codes"].values
+            self._codes += len(steps)
+            self._other_codes += int((np.abs(steps) > 1).sum())
 
     def _add_entries(
         self, ours: Rows, live: Rows, golds: tuple[np.ndarray, np.ndarray], tails: tuple[np.ndarray, np.ndarray]
@@ -108,15 +124,16 @@ class Differences:
         one, other = sides
         _, first, second = np.intersect1d(one.keys, other.keys, assume_unique=False, return_indices=True)
         matched = [np.isin(np.arange(len(one.keys)), first), np.isin(np.arange(len(other.keys)), second)]
-        entry = apart(one.logprobs[first], other.logprobs[second]) - _rounding(one.raw[first])
+        entry = apart(one.logprobs[first], other.logprobs[second]) - _rounding(one.logprobs[first], self._bits)
         parts = [np.maximum(0, entry)]
         for this, that, is_matched, that_gold in zip(sides, sides[::-1], matched, golds[::-1], strict=True):
             alone = ~is_matched
             at = this.position[alone]
             # Gold's log-probability is known on both sides, listed or not.
             there = np.where(this.ids[alone] == this.gold[at], that_gold[at], that.last[at])
-            beyond = _capped(this.logprobs[alone] - np.maximum(there, _LOWEST)) - _rounding(this.raw[alone])
-            parts.append(np.maximum(0, beyond))
+            beyond = _capped(this.logprobs[alone] - np.maximum(there, _LOWEST))
+            slack = _rounding(this.logprobs[alone], self._bits) + _rounding(there, self._bits)
+            parts.append(np.maximum(0, beyond - slack))
         self._values["top"].append(np.concatenate(parts))
         self._entries += len(one.keys)
         self._unmatched += int((~matched[0]).sum())
@@ -130,6 +147,7 @@ class Differences:
             float(top1.mean()) if len(top1) else 1.0,
             self._unmatched / max(1, self._entries),
             self._other_samples / self._samples if self._samples else None,
+            self._other_codes / self._codes if self._codes else None,
             float(kl.mean()) if len(kl) else 0.0,
             float(kl.max(initial=0.0)),
         )
@@ -147,8 +165,7 @@ class _Entries:
         self.positions = len(counts)
         self.position = np.repeat(np.arange(len(counts)), counts)
         self.ids = rows["top_ids"].values.astype(np.int64)
-        self.raw = rows["top_logprobs"].values
-        self.logprobs = self.raw.astype(np.float64)
+        self.logprobs = _wide(rows, "top_logprobs")
         self.keys = self.position * vocabulary + self.ids
         # Drop the first id of every row: position t predicts the one after it.
         keep = np.ones(len(rows["input_ids"].values), bool)
@@ -203,9 +220,7 @@ def _capped(values: np.ndarray) -> np.ndarray:
     return np.minimum(np.where(np.isnan(values), _CAP, values), _CAP)
 
 
-def _rounding(values: np.ndarray) -> np.ndarray:
-    """How far apart two values may be stored that are nearly the same: one step of the column's own dtype."""
-    if values.dtype == np.float16:
-        with np.errstate(all="ignore"):
-            return np.nan_to_num(np.abs(np.spacing(values)).astype(np.float64))
-    return np.zeros(len(values))
+def _rounding(values: np.ndarray, bits: int) -> np.ndarray:
+    """How far apart two values may be that were the same before one or both were stored in so many bits."""
+    with np.errstate(all="ignore"):
+        return np.nan_to_num(rounding(values, bits), nan=0.0, posinf=np.inf)

@@ -37,7 +37,7 @@ class TeacherRows:
     gold: int64 `[R]`; gold_logprob, tail_logmass: float32 `[R]`, nats;
     top_ids: int64 `[R, N]`; top_logprobs: float32 `[R, N]`, -inf where a position has fewer entries;
     tail_samples: int64 `[R, M]`, -1 where the tail is empty; entropy: float `[R]`, nats, of the teacher's full
-    distribution; None where they were not read. sketch_codes: int8 `[R, r]`; residual_samples: int64 `[R, M]` and
+    distribution; None where they were not read. sketch_codes: uint8 `[R, r]`; residual_samples: int64 `[R, M]` and
     residual_mass: float `[R]`, as in RowStatistics.
     """
 
@@ -194,7 +194,7 @@ def _add_sketch(terms: StudentTerms, z: torch.Tensor, outside: torch.Tensor, row
     present = outside > float("-inf")
     if tail.compared == "reverse":
         log_q = (outside - terms.tail[:, None]).masked_fill(~present, 0.0)
-        log_w = x.log_softmax(1).to(z).masked_fill(~present, 0.0)
+        log_w = floored(x.log_softmax(1)).to(z).masked_fill(~present, 0.0)
         terms.spread = (log_q.exp().masked_fill(~present, 0.0) * (log_q - log_w)).sum(1)
         return
     q = (outside - torch.logsumexp(z, 1, keepdim=True)).masked_fill(~present, float("-inf")).exp()
@@ -220,11 +220,13 @@ def residual_weights(rows: TeacherRows, tail: Tail, width: int) -> tuple[torch.T
     They were drawn at temperature 1 and mean nothing at another. width: of the student's vocabulary; what it has no id
     for adds nothing.
     """
-    signed, mass = rows.residual_samples, rows.residual_mass
-    if signed is None or mass is None or not signed.shape[1] or tail.temperature != 1.0:
+    ids, mass = rows.residual_samples, rows.residual_mass
+    if ids is None or mass is None or not ids.shape[1] or tail.temperature != 1.0:
         return None
-    ids = torch.where(signed < 0, -1 - signed, signed)
-    shares = torch.where(signed < 0, -1.0, 1.0) * (mass.float() / signed.shape[1])[:, None]
+    more = (ids.shape[1] + 1) // 2
+    sign = torch.full((ids.shape[1],), -0.5 / max(1, ids.shape[1] - more), device=ids.device)
+    sign[:more] = 0.5 / more
+    shares = mass.float()[:, None] * sign
     return ids.clamp(max=width - 1), shares.masked_fill(ids >= width, 0.0)
 
 
@@ -295,10 +297,8 @@ def divergences(
         dkd = _weighted_gap(teacher.entries, entries).sum(1) + _weighted_gap(teacher.tail, tail)
         unc = teacher.nongold.exp()
     else:
-        tkd = _weighted_gap(log_q_gold, _floored(teacher.gold)) + _weighted_gap(
-            log_q_nongold, _floored(teacher.nongold)
-        )
-        dkd = _weighted_gap(entries, _floored(teacher.entries)).sum(1) + _weighted_gap(tail, _floored(teacher.tail))
+        tkd = _weighted_gap(log_q_gold, floored(teacher.gold)) + _weighted_gap(log_q_nongold, floored(teacher.nongold))
+        dkd = _weighted_gap(entries, floored(teacher.entries)).sum(1) + _weighted_gap(tail, floored(teacher.tail))
         unc = log_q_nongold.exp()
     if student.expected is not None and student.shape is not None:
         # An empty tail, the teacher's or the student's, has no shape to compare.
@@ -339,7 +339,7 @@ def _finite(log_p: torch.Tensor) -> torch.Tensor:
     return log_p.masked_fill(log_p == float("-inf"), -1e4)
 
 
-def _floored(log_p: torch.Tensor) -> torch.Tensor:
+def floored(log_p: torch.Tensor) -> torch.Tensor:
     """Reversed, a teacher that has nothing where the student has something is infinitely far: bound it at e^-50."""
     return log_p.clamp(min=-50.0)
 

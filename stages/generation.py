@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.chat import check_tools
 from stages.identity import teacher_identity
 from stages.pretrained import load_config, load_tokenizer
 from stages.sources import load_rows
@@ -105,7 +106,7 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     try:
         column, chat = _find_column(rows.column_names, options)
         encoded = [
-            (rows[index], _prompt_ids(tokenizer, rows[index].get(column), chat, rows.origin.where(index)))
+            (rows[index], _prompt_ids(tokenizer, rows[index], column, chat, rows.origin.where(index)))
             for index in range(len(rows))
         ]
         for index, (_, ids) in enumerate(encoded):
@@ -231,14 +232,16 @@ def _find_column(there: Sequence[str], options: GenerateOptions) -> tuple[str, b
     return wanted, wanted == (options.messages_column or "messages") and not options.prompt_column
 
 
-def _prompt_ids(tokenizer: Any, value: Any, chat: bool, where: str) -> list[int]:
+def _prompt_ids(tokenizer: Any, row: dict[str, Any], column: str, chat: bool, where: str) -> list[int]:
+    value = row.get(column)
     if chat:
         if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
             raise UserError(f"{where}: messages are not a list of role and content")
         if value[-1].get("role") == "assistant":
             raise UserError(f"{where}: the chat ends with the assistant's turn; there is nothing left to answer")
+        tools = check_tools(row.get("tools"), where)
         try:
-            text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(value, tools=tools, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
             raise UserError(f"{where}: the chat template refuses these messages ({str(error)[:120]})") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -25,6 +25,7 @@ from stages.divergence import (
     BUCKET,
     StudentTerms,
     TeacherRows,
+    floored,
     kept_ids,
     residual_weights,
     sample_weights,
@@ -33,6 +34,9 @@ from stages.divergence import (
     sketch_shape,
 )
 from stages.tail import Tail
+
+# Rows that are worked on at once where they should stay in a CPU's cache: measured at V = 32,000 and 152,000.
+_CACHED_ROWS = 32
 
 # Loss of the rows of a slice, as a sum: (terms of the slice, which rows they are) -> scalar.
 LossOfTerms = Callable[[StudentTerms, slice], torch.Tensor]
@@ -164,20 +168,13 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False
         terms.expected = (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
         terms.shape = sampled_shape(rows).to(z)
     elif tail.mode == "sketch":
-        x = tail.sketch_logits(sketch_codes(rows), ids, gold, z.shape[1])
+        samples = residual_weights(rows, tail, z.shape[1]) if tail.compared == "forward" else None
         if tail.compared == "forward":
-            w = x.softmax(1)
-            terms.shape = sketch_shape(rows, tail, x, w).to(z)
-            shape, x = w.to(z), None
-            terms.expected = torch.linalg.vecdot(shape, z)
-            samples = residual_weights(rows, tail, z.shape[1])
-            if samples is not None:
-                terms.expected += (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
-        elif tail.compared == "reverse":
-            # log q - log w, up to the student's normaliser.
-            x = torch.sub(z, x.log_softmax(1).to(z))
+            shape = _sketch_shape(z, terms, rows, tail, samples)
         else:
-            x = x.softmax(1).to(z)
+            x = tail.sketch_logits(sketch_codes(rows), ids, gold, z.shape[1])
+            # Reversed log q - log w, up to the student's normaliser; else w.
+            x = z - floored(x.log_softmax(1)).to(z) if tail.compared == "reverse" else x.softmax(1).to(z)
     outside = z if own and tail.mode != "prior" else z.clone()
     outside.scatter_(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
     peak = outside.amax(1, keepdim=True)
@@ -198,6 +195,30 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False
     elif x is not None:
         shape = _spread_of_whole(terms, weights * factor, x, rows, tail)
     return _Reduced(terms, weights, factor, shape, samples)
+
+
+def _sketch_shape(
+    z: torch.Tensor,
+    terms: StudentTerms,
+    rows: TeacherRows,
+    tail: Tail,
+    samples: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """w `[C, V]`; sets `expected` and `shape`. On a CPU a few rows at a time, which stay in its cache."""
+    codes, ids, gold = sketch_codes(rows), kept_ids(rows), rows.gold[:, None]
+    size = _CACHED_ROWS if z.device.type == "cpu" else len(z)
+    w, expected, constants = torch.empty_like(z), [], []
+    for start in range(0, len(z), size):
+        part = slice(start, start + size)
+        x = tail.sketch_logits(codes[part], ids[part], gold[part], z.shape[1])
+        shape = x.softmax(1)
+        constants.append(sketch_shape(rows[part], tail, x, shape))
+        w[part] = shape
+        expected.append((shape * z[part]).sum(1))
+    terms.expected, terms.shape = torch.cat(expected), torch.cat(constants).to(z)
+    if samples is not None:
+        terms.expected += (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
+    return w
 
 
 def _spread_of_whole(

@@ -53,6 +53,12 @@ class Mixture(Dataset):
         except UserError as error:
             return error
 
+    def places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 `[K]` each, of K indices: which cache, and which shard of it."""
+        parts = np.searchsorted(self._starts, indices, side="right") - 1
+        shards = np.concatenate([part.shard_of for part in self.parts])[indices]
+        return parts, shards
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """int64 `[len(self)]`: indices in the order in which an epoch draws them."""
         turns = np.repeat(np.arange(len(self.parts)), self.shares)

@@ -102,13 +102,22 @@ class ShardDataset(Dataset):
     """The sequences `sequence_ids` (int64, ascending) of a cache, by random access.
 
     extra: optional columns to read too: `tail_samples`, `entropy`, one `tail_logmass_T...`, those of a sketch. source:
-    the cache's number in the run. Every shard's values are checked when it is first decoded; raises CacheError for one
-    that is not what it says.
+    the cache's number in the run. checksums: as in StudentOptions. Every shard's counts and values are checked when it
+    is first decoded; raises CacheError for one that is not what it says.
     """
 
-    def __init__(self, cache: Cache, sequence_ids: np.ndarray, *, extra: Sequence[str] = (), source: int = 0) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        sequence_ids: np.ndarray,
+        *,
+        extra: Sequence[str] = (),
+        source: int = 0,
+        checksums: str = "start",
+    ) -> None:
         self.cache = cache
         self.source = source
+        self.checksums = checksums
         self._columns = (*COLUMNS, *extra)
         self.sequence_ids = sequence_ids
         firsts = np.array([shard.first for shard in cache.manifest.shards], np.int64)
@@ -131,8 +140,11 @@ class ShardDataset(Dataset):
         if shard in self._decoded:
             self._decoded.move_to_end(shard)
             return self._decoded[shard]
-        rows = self.cache.read_shard(shard, self._columns)
+        if self.checksums == "read" and shard not in self._checked:
+            self.cache.check_file(shard)
+        rows = self.cache.read_shard(shard, self._columns, page_checksums=self.checksums != "off")
         if shard not in self._checked:
+            self.cache.check_counts(shard, rows)
             for problem in value_problems(rows, self.cache.manifest):
                 raise CacheError(f"{self.cache.shard_path(shard)}: {problem}")
             self._checked.add(shard)
@@ -143,25 +155,47 @@ class ShardDataset(Dataset):
 
 
 def sequence_lengths(cache: Cache) -> np.ndarray:
-    """int64 `[S]`: token ids of every sequence of a cache, from the offsets of its smallest column."""
-    return np.concatenate([rows["loss_mask"].lengths + 1 for rows in cache.column("loss_mask")])
+    """int64 `[S]`: token ids of every sequence of a cache, from the offsets of its smallest column; 0 for one that is
+    not here."""
+    lengths = np.zeros(cache.manifest.corpus.sequences, np.int64)
+    for rows in cache.column("loss_mask"):
+        lengths[rows.sequence_id] = rows["loss_mask"].lengths + 1
+    return lengths
+
+
+def sequences_here(cache: Cache) -> np.ndarray:
+    """bool `[S]`: which sequences the shards that are here hold."""
+    here = np.zeros(cache.manifest.corpus.sequences, bool)
+    for index in cache.shards_here:
+        planned = cache.manifest.shards[index]
+        here[planned.first : planned.first + planned.sequences] = True
+    return here
 
 
 def split_held_out(cache: Cache, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out sequence ids, both ascending.
 
-    The choice depends on the cache's size and `seed` alone, so students of one cache are compared on the same
-    sequences. At least one sequence is held out when `share` > 0. Raises CacheError where nothing is left to train on.
+    The choice depends on the whole cache's size and `seed` alone, so students of one cache, or of parts of it, are
+    compared on the same sequences, and none ever trains on another's. At least one sequence is held out when `share` >
+    0. Raises CacheError where nothing is left to train on, or nothing that is held out is in this part.
     """
     total = cache.manifest.corpus.sequences
+    here = sequences_here(cache)
+    order = np.random.default_rng([seed, 0x5EED]).permutation(total)
     held = min(total, max(1, round(share * total))) if share > 0 else 0
-    if held >= total:
+    train, held_out = (np.sort(ids[here[ids]]).astype(np.int64) for ids in (order[held:], order[:held]))
+    count = int(here.sum())
+    if not len(train):
         raise CacheError(
-            f"{cache.path}: holds {total} sequence{'s' * (total > 1)}, too few to hold out a share of {share:g} and "
+            f"{cache.path}: holds {count} sequence{'s' * (count > 1)}, too few to hold out a share of {share:g} and "
             "train on the rest; lower --eval-share or set it to 0"
         )
-    order = np.random.default_rng([seed, 0x5EED]).permutation(total)
-    return np.sort(order[held:]).astype(np.int64), np.sort(order[:held]).astype(np.int64)
+    if held and not len(held_out):
+        raise CacheError(
+            f"{cache.path}: this part holds {count} of {total} sequences and none of the {held} held out of the whole; "
+            "raise --eval-share, set it to 0, or pull more shards"
+        )
+    return train, held_out
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ class StatisticsOptions:
     top_n: how many of the most probable ids, 1..V.
     temperatures: for each T, `log sum_{j not in K} p_j^(1/T)` is computed as well (T = 1 is always there).
     tail_samples: M ids drawn from the tail in proportion to p, one from each M-th of its mass; 0 for none.
-    seed: of both kinds of samples.
+    seed: of all samples.
     tail_epsilon: above 0, a position keeps only the shortest prefix of its top-N that leaves less than this mass in the
         tail, and at least min_n ids. What leaves the prefix is tail in every respect.
     sketch_rank: codes per position of a sketch (stages.sketch); 0 for none.
-    residual_samples: ids drawn in proportion to |p - w|, w the tail as that sketch has it; 0 for none.
+    residual_samples: ids drawn from what that sketch misses; 0 for none, else 2 or more, as either sign needs one.
     """
 
     top_n: int
@@ -59,9 +59,9 @@ class RowStatistics:
     top_logprobs: torch.Tensor  # float32 [C, N], -inf there
     tail_logmass_at: torch.Tensor  # float32 [C, len(temperatures)]
     tail_samples: torch.Tensor  # int64 [C, M]; -1 where the tail is empty
-    # With the tail p and its reconstruction w, both summing to 1: ids drawn in proportion to |p - w|, `id` where
-    # p > w and `-(id + 1)` where p < w, int64 [C, M]; and R = sum |p - w|, 0..2, float32 [C]. All 0 where the tail is
-    # empty. w + R/M sum sign delta_id has the expectation p.
+    # With the tail p and its reconstruction w, both summing to 1: ids, the first ceil(M/2) drawn in proportion to
+    # max(p - w, 0), the others to max(w - p, 0), int64 [C, M]; and R = sum |p - w|, 0..2, float32 [C]. All 0 where
+    # nothing is left over. w, plus R/2 shared out among the former, less R/2 among the latter, has the expectation p.
     residual_samples: torch.Tensor
     residual_mass: torch.Tensor
     # KL from p to the distribution that has w in the place of p's tail, nats; 0 without a sketch.
@@ -173,12 +173,14 @@ def row_statistics(
     tail_sketch = sketch_lse = None
     if sketch_logits is not None:
         tail_sketch = torch.linalg.vecdot(tail_p, sketch_logits)
-        kept_sketch = x.new_full(top_ids.shape, float("-inf"))
+        kept_logits = torch.full_like(top_x, float("-inf"))
         if dropped is not None:
-            kept_sketch = torch.where(dropped, sketch_logits.gather(1, top_ids), kept_sketch)
-        sketch_logits.scatter_(1, top_ids, kept_sketch).scatter_(1, gold_column, float("-inf"))
+            kept_logits = torch.where(dropped, sketch_logits.gather(1, top_ids), kept_logits)
+        sketch_logits.scatter_(1, top_ids, kept_logits).scatter_(1, gold_column, float("-inf"))
         if options.residual_samples and residual_uniforms is None:
             raise ValueError("residual samples need uniforms")
+        if options.residual_samples == 1:
+            raise ValueError("one residual sample cannot stand for both signs")
         sketch_lse = sketch_logits.logsumexp(1)
         residual_samples, residual_mass = _residual(tail_p, tail, sketch_logits, residual_uniforms)
     elif options.residual_samples:
@@ -262,7 +264,7 @@ def _tail_logmass_at(
 def _residual(
     tail_p: torch.Tensor, tail: torch.Tensor, sketch: torch.Tensor, uniforms: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signed ids `[C, M]` and their mass `[C]`, see RowStatistics.
+    """Ids `[C, M]` and their mass `[C]`, see RowStatistics.
 
     tail_p: `[C, V]`, p outside the kept set, and tail `[C]`, its sum; sketch: `[C, V]`, logits, -inf in the kept set.
     """
@@ -272,19 +274,22 @@ def _residual(
     empty = tail == 0
     if empty.any():
         residual.masked_fill_(empty[:, None], 0.0)
-    if uniforms is None:
+    if uniforms is None or not uniforms.shape[1]:
         ids, mass = torch.empty((len(tail), 0), dtype=torch.int64, device=tail.device), residual.abs().sum(1)
     else:
-        ids, mass = _draw(residual, uniforms.to(residual.device), signed=True)
-        nothing = ids < 0
-        ids = ids.masked_fill_(nothing, 0)
-        ids = torch.where((residual.gather(1, ids) < 0) & ~nothing, -1 - ids, ids)
+        # Half of the samples for either sign, whose masses are equal: what is added is taken away again.
+        count, uniforms = uniforms.shape[1], uniforms.to(residual.device)
+        more = (count + 1) // 2
+        above, added = _draw(residual.clamp(min=0.0), uniforms[:, :more] * (count / more))
+        below, taken = _draw(residual.neg_().clamp_(min=0.0), (uniforms[:, more:] * count - more) / (count - more))
+        mass = torch.where((added > 0) & (taken > 0), added + taken, 0.0)
+        ids = torch.cat([above, below], 1).masked_fill_((mass == 0)[:, None], 0)
     return ids, (mass / tail).masked_fill_(empty, 0.0).to(tail)
 
 
-def _draw(weights: torch.Tensor, uniforms: torch.Tensor, *, signed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `[C, M]` with probability proportional to |weights|, `[C, V]`, by inverting the cumulative sum, and that
-    sum, float64 `[C]`. -1 where it is 0. signed: whether there are weights below 0.
+def _draw(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `[C, M]` with probability proportional to `weights [C, V]`, by inverting the cumulative sum, and that sum,
+    float64 `[C]`. -1 where it is 0.
 
     Two levels, blocks then ids, because a float32 cumulative sum over a whole vocabulary has lost the
     small entries by its end and a float64 one over `[C, V]` costs eight times the traffic.
@@ -296,7 +301,7 @@ def _draw(weights: torch.Tensor, uniforms: torch.Tensor, *, signed: bool = False
         weights = torch.nn.functional.pad(weights, (0, -vocabulary % width))
     blocks = weights.view(rows, -1, width)
     # So few float32 add up to six digits, and far faster than as float64.
-    block_sums = (torch.linalg.vector_norm(blocks, 1, dim=2) if signed else blocks.sum(2)).double()
+    block_sums = blocks.sum(2).double()
     cumulative = block_sums.cumsum(1)
     total = cumulative[:, -1:]
     target = uniforms.to(torch.float64) * total
@@ -305,7 +310,7 @@ def _draw(weights: torch.Tensor, uniforms: torch.Tensor, *, signed: bool = False
     # Whole blocks are copied by one index, several times faster than a gather of each id.
     first = torch.arange(rows, device=block.device)[:, None] * blocks.shape[1]
     drawn = blocks.reshape(-1, width).index_select(0, (block + first).flatten()).double()
-    inside = (drawn.abs_() if signed else drawn).cumsum(1).view(*block.shape, width)
+    inside = drawn.cumsum(1).view(*block.shape, width)
     # The remainder is kept inside the block's own sum, and a draw never lands on an id of weight zero.
     remainder = torch.minimum((target - before).clamp_(min=0.0), inside[:, :, -1].nextafter(target.new_zeros(())))
     within = torch.searchsorted(inside, remainder[:, :, None], right=True).squeeze(2)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.objective import Objective
-from storage.cache import Cache
+from storage.cache import MADE_AGAIN, TAIL_PRIOR, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.files import remove_temporaries, write_json
 from storage.manifest import SketchIdentity
@@ -73,6 +74,7 @@ class StudentOptions:
     dtype: str = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
+    checksums: str = "start"
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_target: tuple[str, ...] = ("all-linear",)
@@ -130,16 +132,12 @@ def prepare(options: StudentOptions) -> Prepared:
     from stages.compatibility import cache_tokenizer, check_head, check_tokenizer
     from stages.pretrained import load_config, load_tokenizer
     from stages.shard_dataset import split_held_out
-    from stages.together import check_together
 
     arguments = training_arguments(options)
-    caches = [Cache.open(path) for path in ([options.shards] if isinstance(options.shards, str) else options.shards)]
-    if len(options.mix) not in (0, len(caches)) or any(weight <= 0 for weight in options.mix):
-        raise UserError(f"--mix wants one weight above 0 for each of the {len(caches)} --shards, in their order")
-    check_together(caches)
-    for cache in caches:
-        for index in range(len(cache.receipts())):
-            cache.check_file(index)
+    paths = [options.shards] if isinstance(options.shards, str) else options.shards
+    if len(options.mix) not in (0, len(paths)) or any(weight <= 0 for weight in options.mix):
+        raise UserError(f"--mix wants one weight above 0 for each of the {len(paths)} --shards, in their order")
+    caches = open_caches(paths, options.checksums)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.student, **source)
     if options.init_from_config:
@@ -167,6 +165,30 @@ def prepare(options: StudentOptions) -> Prepared:
     checkpoint, finished = _previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
     return Prepared(options, parts, arguments, plan, lengths, checkpoint, finished)
+
+
+def open_caches(paths: Sequence[str], checksums: str = "start") -> list[Cache]:
+    """The caches of a run, finished or a part of a finished one, sound and of one teacher. Raises CacheError.
+
+    checksums: `start` compares the bytes of every local file with its receipt here.
+    """
+    from stages.together import check_together
+
+    caches = [Cache.open(path) for path in paths]
+    check_together(caches)
+    for cache in caches:
+        receipts = cache.receipts(partial=True)
+        if not cache.is_sealed:
+            raise CacheError(
+                f"{cache.path}: not sealed; repeat the `pipeline cache-teacher`, push or pull that began it"
+            )
+        if cache.prior_receipt() is None and all(receipt.tail_prior_sha256 for receipt in receipts):
+            raise CacheError(f"{cache.path / TAIL_PRIOR}: missing; {MADE_AGAIN}")
+        with ThreadPoolExecutor() as readers:
+            check = cache.check_file if checksums == "start" else cache.check_length
+            for _ in readers.map(check, cache.shards_here):
+                pass
+    return caches
 
 
 def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPlan, np.ndarray | None]:
@@ -276,13 +298,13 @@ def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
         return Tail(objective.tail)
     total, positions = np.zeros(caches[0].manifest.vocabulary_size), 0
     for cache in caches:
-        prior = cache.tail_prior()
-        if prior is None:
+        weighed = cache.weighed_tail_prior()
+        if weighed is None:
             raise CacheError(
                 f"{cache.path}: --tail prior needs the mean tail distribution, which the engine "
                 f"{cache.manifest.scoring.engine} did not give; choose --tail bucket"
             )
-        stored = sum(receipt.stored_positions for receipt in cache.receipts())
+        prior, stored = weighed
         total, positions = total + stored * prior, positions + stored
     mean = (total / max(1, positions)).astype(np.float32)
     return Tail("prior", objective.tail_gamma, log_prior(torch.from_numpy(mean)))
@@ -343,6 +365,7 @@ def run_identity(options: StudentOptions, caches: Sequence[Cache]) -> dict[str, 
         "revision": options.revision,
         "init_from_config": options.init_from_config,
         "caches": [cache.manifest.cache_id for cache in caches],
+        "shards": [list(cache.shards_here) if cache.is_partial else None for cache in caches],
         "mix": options.mix,
         "batching": options.batching,
         "batch_tokens": options.batch_tokens,
@@ -444,6 +467,10 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     from stages.training import DistillationTrainer
 
     options, parts = prepared.options, prepared.parts
+
+    def opened(cache: Cache, ids: np.ndarray, extra: Sequence[str], source: int) -> ShardDataset:
+        return ShardDataset(cache, ids, extra=extra, source=source, checksums=options.checksums)
+
     model = load_student(prepared)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     objective = options.objective
@@ -456,7 +483,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         extra = measured_columns([part.cache for part in parts])
         if "sketch_codes" in extra:
             eval_sketch = from_file(parts[0].cache.sketch())
-        eval_dataset = Mixture([ShardDataset(p.cache, p.eval_ids, extra=extra, source=i) for i, p in enumerate(parts)])
+        eval_dataset = Mixture([opened(part.cache, part.eval_ids, extra, i) for i, part in enumerate(parts)])
         # Easy and hard are split over the whole held-out share, so that no batch size changes a metric.
         eval_collator = Collator(
             replace(objective, rank_scope="corpus"),
@@ -464,8 +491,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
             corpus_threshold([(part.cache, part.eval_ids) for part in parts], objective.hard_ratio),
         )
     trained = [
-        ShardDataset(part.cache, part.train_ids, extra=extra_columns(objective, part.cache), source=i)
-        for i, part in enumerate(parts)
+        opened(part.cache, part.train_ids, extra_columns(objective, part.cache), i) for i, part in enumerate(parts)
     ]
     trainer = DistillationTrainer(
         model=model,
@@ -520,6 +546,10 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
     report = {
         "objective": asdict(options.objective),
         "caches": dict(zip(cache_names(caches), [cache.manifest.cache_id for cache in caches], strict=True)),
+        "shards": {
+            name: [len(cache.shards_here), len(cache.manifest.shards)]
+            for name, cache in zip(cache_names(caches), caches, strict=True)
+        },
         "teacher": caches[0].manifest.teacher.name,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,

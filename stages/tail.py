@@ -8,8 +8,8 @@
     sampled  the ids that were drawn from the tail when caching, each standing for 1/M of its mass: unbiased, noisy;
              trains nearest to the live teacher (docs/fidelity.md) and is what `auto` takes where it can
     sketch   w, the softmax over the tail of logits that a low-rank code of the teacher's hidden state gives
-             (`stages.sketch`), plus M signed residual samples that make its mean the teacher's: unbiased, less noisy.
-             Without them, and for what is not linear in the teacher, w alone
+             (`stages.sketch`), and M residual samples, added or taken away, that make its mean the teacher's: unbiased,
+             less noisy. Without them, and for what is not linear in the teacher, w alone
 
 With `s` that shape (it sums to 1 over the tail) the teacher's tail adds, beyond the bucket's lump,
 
@@ -76,7 +76,7 @@ class Tail:
     def sketch_logits(self, codes: torch.Tensor, kept: torch.Tensor, gold: torch.Tensor, width: int) -> torch.Tensor:
         """float32 `[C, width]` whose softmax is w: 0 on the kept ids `[C, N]` and on gold `[C, 1]`.
 
-        codes: int8 `[C, r]`. width: of the student's vocabulary, which may be wider than the teacher's.
+        codes: uint8 `[C, r]`. width: of the student's vocabulary, which may be wider than the teacher's.
         """
         if self.sketch is None:
             raise ValueError("the tail mode `sketch` needs a sketch")

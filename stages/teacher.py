@@ -39,7 +39,7 @@ class ScoredSequence:
     tail_logmass_at: np.ndarray  # float32 [L-1, len(temperatures)]
     tail_samples: np.ndarray  # int32 [P, M]
     # With a sketch (stages.sketch); the KL is that from the teacher to what the codes give back, in nats.
-    sketch_codes: np.ndarray | None = None  # int8 [P, r]
+    sketch_codes: np.ndarray | None = None  # uint8 [P, r]
     residual_samples: np.ndarray | None = None  # int32 [P, M]
     residual_mass: np.ndarray | None = None  # float32 [P]
     sketch_kl: np.ndarray | None = None  # float32 [P]

@@ -49,7 +49,7 @@ CONFIG_KEY = "teacher_logit_cache"
 MAX_VOCABULARY = 1 << 24
 
 _MAGIC = 7105.0
-_FORMAT = 2.0
+_FORMAT = 3.0
 _SEED_DIGITS = 3  # base 2**22, so each is exact in float32
 _FIXED_HEADER = 12 + _SEED_DIGITS
 
@@ -86,10 +86,10 @@ def options_from_config(config: Any) -> StatisticsOptions:
             temperatures=tuple(float(t) for t in ours.get("temperatures", ())),
             tail_samples=int(ours.get("tail_samples", 0)),
             seed=int(ours.get("seed", 0)),
-            tail_epsilon=float(ours.get("tail_epsilon", 0.0)),
-            min_n=int(ours.get("min_n", 1)),
             sketch_rank=int(ours.get("sketch_rank", 0)),
             residual_samples=int(ours.get("residual_samples", 0)),
+            tail_epsilon=float(ours.get("tail_epsilon", 0.0)),
+            min_n=int(ours.get("min_n", 1)),
         )
     except (KeyError, TypeError, ValueError):
         example = f'{{"{CONFIG_KEY}": {{"top_n": 64}}}}'
@@ -140,7 +140,7 @@ class PackedStatistics:
         codes = 2 * options.top_n + options.tail_samples
         samples = codes + options.sketch_rank
         return {
-            "sketch_codes": self.entries[:, codes:samples].astype(np.int8),
+            "sketch_codes": self.entries[:, codes:samples].astype(np.uint8),
             "residual_samples": self.entries[:, samples:-2].astype(np.int32),
             "residual_mass": self.entries[:, -2].copy(),
             "sketch_kl": self.entries[:, -1].copy(),
@@ -162,14 +162,14 @@ class PackedStatistics:
         body = _FIXED_HEADER + temperatures
         options = StatisticsOptions(
             top_n,
-            # These come back as the shortest decimals that float32 cannot tell from them.
+            # These come back as the shortest decimal that float32 cannot tell from them.
             tuple(float(str(t)) for t in packed[_FIXED_HEADER:body]),
-            samples,
-            seed,
+            tail_samples=samples,
+            seed=seed,
             tail_epsilon=float(str(packed[11])),
             min_n=min_n,
-            sketch_rank=rank,
             residual_samples=residuals,
+            sketch_rank=rank,
         )
         width = _entry_width(options)
         dense_size, entries_size = rows * (3 + temperatures), stored * width
@@ -191,9 +191,9 @@ def _entry_width(options: StatisticsOptions) -> int:
 
 def _header(options: StatisticsOptions, vocabulary: int, rows: int, stored: int) -> list[float]:
     digits = [(options.seed >> (22 * i)) & ((1 << 22) - 1) for i in range(_SEED_DIGITS)]
-    counts = [options.top_n, len(options.temperatures), options.tail_samples, options.min_n]
-    sketch = [options.sketch_rank, options.residual_samples]
-    numbers = [vocabulary, rows, stored, *counts, *sketch, options.tail_epsilon, *digits]
+    kept = [options.top_n, len(options.temperatures), options.tail_samples, options.min_n]
+    counts = [vocabulary, rows, stored, *kept, options.sketch_rank, options.residual_samples]
+    numbers = [*counts, options.tail_epsilon, *digits]
     return [_MAGIC, _FORMAT, *map(float, numbers), *options.temperatures]
 
 
@@ -314,7 +314,7 @@ class StatisticsCollector:
         prior_rows = torch.from_numpy(in_prior).to(device) if in_prior.any() else None
         uniform_rows = torch.from_numpy(uniforms).to(device) if self.options.tail_samples else None
         residual_rows = torch.from_numpy(residuals).to(device) if self.options.residual_samples else None
-        if self.options.sketch_rank and self.sketch is None and any(chunk.key is not None for chunk in chunks):
+        if self.collects and self._lacks_sketch and any(chunk.key is not None for chunk in chunks):
             raise RuntimeError("positions are scored before the workers have the sketch")
         entry_rows = np.flatnonzero(entry)
         entry_index = torch.from_numpy(entry_rows).to(device)
@@ -387,12 +387,16 @@ class StatisticsCollector:
             (hidden.new_zeros((len(c.scored()), 0)), hidden.new_zeros((int(c.stored_mask().sum()), 0))) for c in chunks
         ]
 
+    @property
+    def _lacks_sketch(self) -> bool:
+        return self.options.sketch_rank > 0 and self.sketch is None
+
     def _codes(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """int8 `[C, r]`. Before there is a sketch, when vLLM measures memory, they are 0."""
+        """uint8 `[C, r]`. Before there is a sketch, when vLLM measures memory, they are 0."""
         if not self.options.sketch_rank:
             return None
         if self.sketch is None:
-            return torch.zeros((len(hidden), self.options.sketch_rank), dtype=torch.int8, device=hidden.device)
+            return torch.zeros((len(hidden), self.options.sketch_rank), dtype=torch.uint8, device=hidden.device)
         return self.sketch.encode(hidden)
 
     def _add_to_prior(self, tail_sum: torch.Tensor) -> None:

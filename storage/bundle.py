@@ -7,6 +7,7 @@ give equal bundles. Its checksum lies beside it in the form that `sha256sum --ch
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,7 +15,18 @@ from pathlib import Path, PurePosixPath
 
 import zstandard
 
-from storage.cache import CARD, MANIFEST, PARTIAL, SKETCH, TAIL_PRIOR, TOKENIZER, Cache
+from storage.cache import (
+    CARD,
+    MANIFEST,
+    PARTIAL,
+    PRIOR_RECEIPT,
+    SHARDS,
+    SKETCH,
+    TAIL_PRIOR,
+    TAIL_SUMS,
+    TOKENIZER,
+    Cache,
+)
 from storage.errors import CacheError, UserError
 from storage.files import atomic_file, sha256_file, sync_directory, temporary_for, write_bytes
 
@@ -22,6 +34,26 @@ SUFFIX = ".tar.zst"
 # The shards are compressed already.
 LEVEL = 1
 _CHUNK = 1 << 20
+# Shards are compressed already: what unpacks to much more than its size is no bundle of ours.
+_MOST_TIMES = 64
+_MOST_BESIDES = 64 << 20
+# Bytes of the headers that name one member; tarfile reads them at once.
+_MOST_HEADER = 1 << 16
+_MEMBER = re.compile(
+    "|".join(re.escape(name) for name in (MANIFEST, PARTIAL, SKETCH, TAIL_PRIOR, PRIOR_RECEIPT, CARD))
+    + rf"|{TOKENIZER}/.+|{SHARDS}/part-\d+\.(parquet|json)|{TAIL_SUMS}/part-\d+\.parquet"
+)
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses headers whose own size tarfile would read into memory, before it does."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.size > _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {member.size} bytes")
+        return member
 
 
 def checksum_path(file: Path) -> Path:
@@ -37,12 +69,13 @@ def files_of(cache: Cache) -> list[Path]:
         raise CacheError(f"{cache.path}: only a local cache can be bundled; `pipeline pull` it first")
     cache.receipts(partial=True)
     names = [cache.path / MANIFEST, cache.path / PARTIAL, cache.path / SKETCH]
-    names += sorted(path for path in (cache.path / TOKENIZER).rglob("*") if path.is_file())
+    if (cache.path / TOKENIZER).exists():
+        names += [cache.path / TOKENIZER / name for name in cache.tokenizer_files()]
     for index in cache.shards_here:
         for path in (cache.shard_path(index), cache.tail_sum_path(index), cache.receipt_path(index)):
             assert isinstance(path, Path)
             names.append(path)
-    names += [cache.path / TAIL_PRIOR, cache.path / CARD]
+    names += [cache.path / TAIL_PRIOR, cache.path / PRIOR_RECEIPT, cache.path / CARD]
     return [path for path in names if path.is_file()]
 
 
@@ -115,18 +148,27 @@ def _check_sum(file: Path) -> None:
 
 
 def _extract(file: Path, target: Path) -> None:
+    room = _MOST_TIMES * file.stat().st_size + _MOST_BESIDES
     with (
         open(file, "rb") as raw,
         zstandard.ZstdDecompressor().stream_reader(raw) as stream,
-        tarfile.open(fileobj=stream, mode="r|") as tar,
+        tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar,
     ):
         for member in tar:
             name = PurePosixPath(member.name)
             # A backslash or a colon separates on other systems.
             if name.is_absolute() or ".." in name.parts or not name.parts or set(member.name) & set("\\:\0"):
                 raise CacheError(f"{file}: member {member.name!r} leaves the directory; nothing was unpacked")
-            if not member.isreg():
+            if not member.isreg() or member.issparse():
                 raise CacheError(f"{file}: member {member.name!r} is no plain file; nothing was unpacked")
+            if not _MEMBER.fullmatch(name.as_posix()):
+                raise CacheError(f"{file}: member {member.name!r} is no file of a cache; nothing was unpacked")
+            room -= member.size + tarfile.BLOCKSIZE
+            if room < 0:
+                raise CacheError(
+                    f"{file}: unpacks to more than {_MOST_TIMES} times its size, as no bundle of ours does; "
+                    "nothing was unpacked"
+                )
             path = target.joinpath(*name.parts)
             if path.exists():
                 raise CacheError(f"{file}: member {member.name!r} stands twice; nothing was unpacked")
@@ -138,5 +180,7 @@ def _extract(file: Path, target: Path) -> None:
                 written.flush()
                 os.fsync(written.fileno())
         # To the end, where zstd's own checksum stands.
-        while stream.read(_CHUNK):
-            pass
+        while data := stream.read(_CHUNK):
+            room -= len(data)
+            if room < 0:
+                raise CacheError(f"{file}: holds more than its members; nothing was unpacked")

@@ -5,7 +5,7 @@ Order of events, which is what makes a kill at any moment harmless:
 0. a cache with a sketch gets `sketch.safetensors`, whose checksum is part of its identity;
 1. the folder gets `manifest.json`: from here on it belongs to one identity; then its tokenizer copy;
 2. a shard appears, then its summed tail, then its receipt; a shard without a receipt is written again;
-3. when every receipt is there, `tail_prior.parquet` and at last `README.md` (the card) seal the cache.
+3. when every receipt is there, `tail_prior.parquet`, its receipt and at last `README.md` (the card) seal the cache.
 
 `pipeline pull --shards` makes a cache of which only some shards are there; `partial.json` names them.
 
@@ -15,12 +15,12 @@ Shards are a fixed function of the manifest, so doing one twice, or in two proce
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,8 +31,19 @@ import pyarrow.parquet as pq
 from storage import copies
 from storage import shard as shard_file
 from storage.errors import CacheError
-from storage.files import remove_temporaries, sha256_file, sync_directory, temporary_for, write_bytes, write_json
-from storage.manifest import Manifest, Receipt, SketchIdentity, read_manifest, read_receipt, write_model
+from storage.files import remove_temporaries, sha256_file, sync_directory, temporary_for, write_bytes
+from storage.manifest import (
+    Manifest,
+    Part,
+    PriorReceipt,
+    Receipt,
+    SketchIdentity,
+    read_manifest,
+    read_part,
+    read_prior_receipt,
+    read_receipt,
+    write_model,
+)
 from storage.places import Place, RemotePath, place
 from storage.rows import Rows
 from storage.sketch_file import NAME as SKETCH
@@ -42,12 +53,16 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer"
 TAIL_PRIOR = "tail_prior.parquet"
+PRIOR_RECEIPT = "tail_prior.json"
 SHARDS = "shards"
 # Each shard's summed tail; kept beside the shards so that a lost shard can be made again.
 TAIL_SUMS = "tail_sums"
 PARTIAL = "partial.json"
 # The tokenizer file that is uploaded last; a remote tokenizer without it is not whole.
 _TOKENIZER_LAST = "tokenizer_config.json"
+# Metadata of a summed or mean tail.
+_POSITIONS = b"stored_positions"
+MADE_AGAIN = "repeat the `pipeline cache-teacher`, push or pull that made the cache"
 # Small remote files read at a time.
 _READERS = 16
 
@@ -102,7 +117,8 @@ class Cache:
         if not (path / MANIFEST).exists():
             # A sketch comes before the manifest that names it.
             strange = [entry.name for entry in path.iterdir() if entry.name[:1] != "." and entry.name != SKETCH]
-            if strange:
+            # Another process may have claimed it since the look above.
+            if strange and not (path / MANIFEST).exists():
                 raise CacheError(
                     f"{path}: holds other files ({', '.join(sorted(strange)[:3])}) and no cache; name a new directory"
                 )
@@ -230,13 +246,41 @@ class Cache:
         return self._tokenizer
 
     def _fetch_tokenizer(self, remote: RemotePath) -> Path:
-        files = {path.name: path.read_bytes() for path in remote.iterdir() if path.stat().st_size}
+        files = {name: path.read_bytes() for name, path in _remote_files(remote)}
         if not files:
             raise CacheError(f"{remote}: there is no tokenizer here")
         digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
         target = copies.folder() / f"tokenizer-{digest}"
-        _folder(target, lambda folder: [(folder / name).write_bytes(data) for name, data in files.items()])
+
+        def fill(folder: Path) -> None:
+            for name, data in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(data)
+
+        _folder(target, fill)
         return target
+
+    def tokenizer_files(self) -> list[str]:
+        """The tokenizer's files by their paths in its folder, as they go with the cache to another place.
+
+        Raises CacheError for a link: what it leads to may be any file of this machine.
+        """
+        folder = self.tokenizer_path
+        if not folder.is_dir():
+            raise CacheError(f"{folder}: there is no tokenizer here")
+        for path in (folder, *folder.rglob("*")):
+            if path.is_symlink():
+                raise CacheError(
+                    f"{path}: is a link, and may lead to a file that is no part of the cache; "
+                    "put the file itself in its place"
+                )
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    def copy_tokenizer(self, target: Path) -> None:
+        """Copy the tokenizer's files into the folder `target`."""
+        for name in self.tokenizer_files():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.tokenizer_path / name, target / name)
 
     def write_tokenizer(self, save: Callable[[Path], object]) -> None:
         """Let `save` fill a folder, whose files then are the cache's tokenizer; nothing where it has one.
@@ -251,9 +295,9 @@ class Cache:
             return
         with tempfile.TemporaryDirectory(prefix="teacher-logit-cache-") as folder:
             save(Path(folder))
-            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == _TOKENIZER_LAST):
-                if path.is_file():
-                    (target / path.name).upload(path)
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            for path in sorted(files, key=lambda path: path == Path(folder) / _TOKENIZER_LAST):
+                (target / path.relative_to(folder).as_posix()).upload(path)
 
     def shard_path(self, index: int) -> Place:
         return self.path / SHARDS / f"part-{index:05d}.parquet"
@@ -271,10 +315,12 @@ class Cache:
         path = self.path / PARTIAL
         if isinstance(self.path, RemotePath) or not path.exists():
             return range(count)
-        try:
-            return sorted({index for index in json.loads(path.read_bytes())["shards"] if 0 <= index < count})
-        except (ValueError, TypeError, KeyError, OSError):
-            raise CacheError(f"{path}: damaged; repeat the `pipeline pull` that wrote it") from None
+        shards = sorted(set(read_part(path).shards))
+        if not 0 <= shards[0] <= shards[-1] < count:
+            raise CacheError(
+                f"{path}: names shards beyond the plan's {count}; repeat the `pipeline pull` that wrote it"
+            )
+        return shards
 
     @property
     def is_partial(self) -> bool:
@@ -284,8 +330,8 @@ class Cache:
         """Note which shards belong here, in a local cache; all of them is what goes without saying."""
         wanted = sorted(shards)
         if len(wanted) < len(self.manifest.shards):
-            write_json(self.path / PARTIAL, {"shards": wanted})
-        elif isinstance(self.path, Path):
+            write_model(self.path / PARTIAL, Part(shards=tuple(wanted)))
+        elif isinstance(self.path, Path) and (self.path / PARTIAL).exists():
             (self.path / PARTIAL).unlink(missing_ok=True)
 
     def receipt(self, index: int) -> Receipt:
@@ -309,7 +355,7 @@ class Cache:
         if self.is_partial and not partial:
             raise CacheError(
                 f"{self.path}: holds {len(self.shards_here)} of {len(self.manifest.shards)} shards, pulled with "
-                "--shards, to look at; `pipeline pull` the rest, or use the URL itself"
+                "--shards; `pipeline pull` the rest, or use the URL itself"
             )
         there = {path.name for path in (self.path / SHARDS).glob("*.json")}
         pending = [index for index in self.shards_here if self.receipt_path(index).name not in there]
@@ -344,16 +390,25 @@ class Cache:
         except OSError as error:
             raise CacheError(f"{self.shard_path(index)}: cannot be read ({error.strerror or error})") from None
 
-    def _check_file(self, index: int, fetch: bool) -> Receipt:
+    def check_length(self, index: int) -> Receipt:
+        """Compare a shard's length with its receipt, and no byte. Raises CacheError."""
         path = self.shard_path(index)
-        known = isinstance(path, RemotePath) and not fetch
-        receipt = self._known_receipt(index) if known else self.receipt(index)
+        receipt = self._known_receipt(index) if isinstance(path, RemotePath) else self.receipt(index)
         try:
             size = path.stat().st_size
         except FileNotFoundError:
             raise CacheError(f"{path}: shard {index} is missing") from None
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read ({error.strerror or error})") from None
         if size != receipt.bytes:
             raise CacheError(f"{path}: {size} bytes, its receipt says {receipt.bytes}")
+        return receipt
+
+    def _check_file(self, index: int, fetch: bool) -> Receipt:
+        path = self.shard_path(index)
+        if isinstance(path, RemotePath) and fetch:
+            self._receipts.pop(index, None)
+        receipt = self.check_length(index)
         if isinstance(path, RemotePath):
             if not fetch:
                 return receipt
@@ -367,6 +422,15 @@ class Cache:
             if sha256_file(tail) != receipt.tail_prior_sha256:
                 raise CacheError(f"{tail}: its bytes have changed since it was written (sha256 differs)")
         return receipt
+
+    def check_counts(self, index: int, rows: Rows) -> None:
+        """Compare the counts of a shard's rows with its receipt. Raises CacheError."""
+        receipt = self._known_receipt(index)
+        found = (len(rows), rows.tokens, int(rows["loss_mask"].values.sum()), len(rows["top_ids"].values))
+        said = (receipt.rows, receipt.tokens, receipt.stored_positions, receipt.entries)
+        if found != said:
+            path = self.receipt_path(index)
+            raise CacheError(f"{path}: says rows, tokens, positions, entries {said}, the shard has {found}")
 
     def write_shard(
         self,
@@ -386,8 +450,8 @@ class Cache:
         tail_mass, unc = sums(rows)
         tail_written = None
         if tail_sum is not None:
-            metadata = {b"stored_positions": str(stored).encode()}
-            table = pa.table({"tail_sum": np.ascontiguousarray(tail_sum, np.float64)}).replace_schema_metadata(metadata)
+            table = pa.table({"tail_sum": np.ascontiguousarray(tail_sum, np.float64)})
+            table = table.replace_schema_metadata(_positions(stored))
             tail_written = shard_file.write_table(self.tail_sum_path(index), table, ["tail_sum"])
         receipt = Receipt(
             cache_id=self._cache_id,
@@ -409,24 +473,31 @@ class Cache:
         self._receipts.pop(index, None)
         return receipt
 
-    def read_shard(self, index: int, columns: Sequence[str] | None = None) -> Rows:
-        """Rows of shard `index`, structure and page checksums verified. Raises CacheError."""
+    def read_shard(self, index: int, columns: Sequence[str] | None = None, *, page_checksums: bool = True) -> Rows:
+        """Rows of shard `index`, structure and, unless told otherwise, page checksums verified. Raises CacheError."""
         path = self.shard_path(index)
         if isinstance(path, Path):
-            return shard_file.read_shard(path, self.manifest, index, columns)
+            return shard_file.read_shard(path, self.manifest, index, columns, page_checksums=page_checksums)
         receipt = self._known_receipt(index)
         try:
             with copies.open_copy(path, receipt.sha256, receipt.bytes) as file:
-                return shard_file.read_shard(path, self.manifest, index, columns, file)
+                return shard_file.read_shard(path, self.manifest, index, columns, file, page_checksums=page_checksums)
         except FileNotFoundError:
             raise CacheError(f"{path}: shard {index} is missing") from None
 
-    def prefetch(self, index: int) -> None:
-        """Say that shard `index` will be read soon: a remote one is fetched in the background."""
+    def prefetch(self, index: int, *, room: int = 1) -> Future[None] | None:
+        """Say that shard `index` will be read soon: a remote one is fetched in the background.
+
+        Returns when that is done; None where nothing is: of a local one, or where the local copies cannot hold `room`
+        shards of its size.
+        """
         path = self.shard_path(index)
-        if isinstance(path, RemotePath):
-            receipt = self._known_receipt(index)
-            copies.prefetch(path, receipt.sha256, receipt.bytes)
+        if not isinstance(path, RemotePath):
+            return None
+        receipt = self._known_receipt(index)
+        if room * receipt.bytes > copies.limit():
+            return None
+        return copies.prefetch(path, receipt.sha256, receipt.bytes)
 
     def _known_receipt(self, index: int) -> Receipt:
         if index not in self._receipts:
@@ -434,8 +505,9 @@ class Cache:
         return self._receipts[index]
 
     def tail_sum(self, index: int) -> np.ndarray:
-        """The summed tail of shard `index`, float64 `[V]`. Raises CacheError where it cannot be read."""
-        return self._read_float_column(self.tail_sum_path(index), "tail_sum", np.float64)
+        """The summed tail of shard `index`, float64 `[V]`. Raises CacheError for a damaged one, OSError without one."""
+        path = self.tail_sum_path(index)
+        return self._float_column(path, path.read_bytes(), "tail_sum", np.float64)[0]
 
     def seal(self, card: str) -> None:
         """Write what the whole cache says: the mean tail distribution and, last, the card."""
@@ -443,11 +515,14 @@ class Cache:
         if all(receipt.tail_prior_sha256 for receipt in receipts):
             total = np.zeros(self.manifest.vocabulary_size)
             stored = 0
-            for index, receipt in enumerate(receipts):
+            for index, of_shard in enumerate(receipts):
                 total += self.tail_sum(index)
-                stored += receipt.stored_positions
+                stored += of_shard.stored_positions
             mean = pa.table({"tail_prior": (total / max(1, stored)).astype(np.float32)})
-            shard_file.write_table(self.path / TAIL_PRIOR, mean, ["tail_prior"])
+            mean = mean.replace_schema_metadata(_positions(stored))
+            written = shard_file.write_table(self.path / TAIL_PRIOR, mean, ["tail_prior"])
+            receipt = PriorReceipt(cache_id=self._cache_id, sha256=written.sha256)
+            write_model(self.path / PRIOR_RECEIPT, receipt)
         write_bytes(self.path / CARD, card.encode())
 
     @property
@@ -456,31 +531,72 @@ class Cache:
 
     @property
     def has_tail_prior(self) -> bool:
-        return (self.path / TAIL_PRIOR).exists()
+        """Without reading it. Raises CacheError where its receipt is missing or another cache's."""
+        return self.prior_receipt() is not None
 
     @property
     def lacks_tail_prior(self) -> bool:
-        """Whether the mean tail distribution is missing though every shard has its part of it."""
-        return not self.has_tail_prior and all(r.tail_prior_sha256 for r in self.receipts())
+        """Whether the mean tail distribution is missing or damaged though every shard has its part of it."""
+        try:
+            return self.tail_prior() is None and all(r.tail_prior_sha256 for r in self.receipts())
+        except CacheError:
+            return True
 
     def tail_prior(self) -> np.ndarray | None:
         """Mean over stored positions of the teacher's mass on each id outside the kept set: float32 `[V]`.
 
-        It sums to the mean tail mass. None where the engine could not give it.
+        It sums to the mean tail mass. None where the engine could not give it. Raises CacheError where it is not the
+        one that its receipt names.
         """
-        if not self.has_tail_prior:
-            return None
-        return self._read_float_column(self.path / TAIL_PRIOR, "tail_prior", np.float32)
+        weighed = self.weighed_tail_prior()
+        return None if weighed is None else weighed[0]
 
-    def _read_float_column(self, path: Place, name: str, dtype: type[np.floating]) -> np.ndarray:
+    def weighed_tail_prior(self) -> tuple[np.ndarray, int] | None:
+        """`tail_prior`, and how many positions its mean is over: the whole cache's, of which a part may be here."""
+        path = self.path / TAIL_PRIOR
+        receipt = self.prior_receipt()
+        if receipt is None:
+            return None
         try:
-            source = path if isinstance(path, Path) else pa.BufferReader(path.read_bytes())
-            values = pq.read_table(source, page_checksum_verification=True)[name].to_numpy()
-        except (pa.ArrowException, OSError, KeyError) as error:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise CacheError(f"{path}: missing; {MADE_AGAIN}") from None
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if hashlib.sha256(data).hexdigest() != receipt.sha256:
+            raise CacheError(f"{path}: its bytes have changed since it was written (sha256 differs)")
+        return self._float_column(path, data, "tail_prior", np.float32)
+
+    def prior_receipt(self) -> PriorReceipt | None:
+        """Of the tail prior; None where there is neither. Raises CacheError where one of them is alone."""
+        path = self.path / PRIOR_RECEIPT
+        if not path.exists():
+            if (self.path / TAIL_PRIOR).exists():
+                raise CacheError(f"{path}: the receipt of the tail prior is missing; {MADE_AGAIN}")
+            return None
+        receipt = read_prior_receipt(path)
+        if receipt.cache_id != self._cache_id:
+            raise CacheError(f"{path}: belongs to cache {receipt.cache_id}, not to {self._cache_id}")
+        return receipt
+
+    def _float_column(self, path: Place, data: bytes, name: str, dtype: type[np.floating]) -> tuple[np.ndarray, int]:
+        """One float per vocabulary id, and the number of positions it is about. Raises CacheError."""
+        vocabulary = self.manifest.vocabulary_size
+        wrong = CacheError(f"{path}: not {vocabulary} non-negative {np.dtype(dtype).name}")
+        try:
+            source = io.BytesIO(data)
+            with pq.ParquetFile(source, page_checksum_verification=True) as parquet:
+                if parquet.metadata.num_rows != vocabulary:
+                    raise wrong
+                said = (parquet.schema_arrow.metadata or {}).get(_POSITIONS, b"")
+                values = shard_file.read_checked(parquet, source, {name: vocabulary}, [name])[name].to_numpy()
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CacheError(f"{path}: unreadable ({str(error).splitlines()[0][:120]})") from None
-        if values.dtype != dtype or len(values) != self.manifest.vocabulary_size or not (values >= 0).all():
-            raise CacheError(f"{path}: not {self.manifest.vocabulary_size} non-negative {np.dtype(dtype).name}")
-        return values
+        if values.dtype != dtype or len(values) != vocabulary or not ((values >= 0) & (values < np.inf)).all():
+            raise wrong
+        if not (said.isdigit() and len(said) < 16):
+            raise CacheError(f"{path}: does not say how many positions it is about")
+        return values, int(said)
 
     def column(self, *names: str) -> Iterator[Rows]:
         """Only these columns, shard by shard; of remote shards no more than these is fetched."""
@@ -495,6 +611,25 @@ class Cache:
             except FileNotFoundError:
                 raise CacheError(f"{path}: shard {index} is missing") from None
             yield rows
+
+
+def _positions(stored: int) -> dict[bytes, bytes]:
+    return {_POSITIONS: str(stored).encode()}
+
+
+def _remote_files(folder: RemotePath, depth: int = 4) -> Iterator[tuple[str, RemotePath]]:
+    """Files below a remote folder, by their paths in it; names that could lead out of a folder are passed over."""
+    for path in folder.iterdir():
+        if set(path.name) & set("/\\:\0"):
+            continue
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            size = 0
+        if size:
+            yield path.name, path
+        elif depth:
+            yield from ((f"{path.name}/{name}", below) for name, below in _remote_files(path, depth - 1))
 
 
 def _folder(target: Path, fill: Callable[[Path], object]) -> None:

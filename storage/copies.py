@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -78,7 +78,7 @@ def open_copy(remote: RemotePath, sha256: str, size: int, *, fresh: bool = False
     return file
 
 
-def prefetch(remote: RemotePath, sha256: str, size: int) -> None:
+def prefetch(remote: RemotePath, sha256: str, size: int) -> Future[None]:
     """Fetch in the background. A failure is left to the reader, who meets it again and says so."""
 
     def fetch() -> None:
@@ -87,7 +87,7 @@ def prefetch(remote: RemotePath, sha256: str, size: int) -> None:
 
     if os.getpid() not in _prefetchers:
         _prefetchers[os.getpid()] = ThreadPoolExecutor(PREFETCHERS, thread_name_prefix="prefetch")
-    _prefetchers[os.getpid()].submit(fetch)
+    return _prefetchers[os.getpid()].submit(fetch)
 
 
 def _make_room(path: Path, size: int) -> None:

@@ -19,12 +19,15 @@ from storage.files import write_json
 from storage.places import Place
 
 _MAX_JSON_BYTES = 64 << 20
+# Ids are int32 and everything that is counted fits int64 with room to multiply: larger numbers are damage or malice.
+_MAX_ID = 2**31 - 1
+_MAX_COUNT = 2**48
 # Fields of `scoring` that the first caches did not have, with what stands for not having them.
-_LATER_SCORING = {"tail_epsilon": 0.0, "min_n": 1, "sketch": None}
+_LATER_SCORING: dict[str, object] = {"tail_epsilon": 0.0, "min_n": 1, "sketch": None}
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TeacherIdentity(_Model):
@@ -50,8 +53,8 @@ class CorpusIdentity(_Model):
     """The tokenised corpus. `fingerprint` covers ids, loss masks and their order, not paths."""
 
     fingerprint: str
-    sequences: int = Field(ge=1)
-    tokens: int = Field(ge=2)
+    sequences: int = Field(ge=1, le=_MAX_COUNT)
+    tokens: int = Field(ge=2, le=_MAX_COUNT)
 
 
 class SketchIdentity(_Model):
@@ -73,13 +76,13 @@ class ScoringOptions(_Model):
     top_n: int = Field(ge=1, le=schema.MAX_TOP_N)
     logprob_bits: int = 16
     temperatures: tuple[float, ...] = ()
-    tail_samples: int = Field(default=0, ge=0)
+    tail_samples: int = Field(default=0, ge=0, le=schema.MAX_TOP_N)
     entropy: bool = True
     sketch: SketchIdentity | None = None
     seed: int = 0
-    max_length: int = Field(ge=2)
+    max_length: int = Field(ge=2, le=_MAX_ID)
     tail_epsilon: float = Field(default=0.0, ge=0, lt=1)
-    min_n: int = Field(default=1, ge=1)
+    min_n: int = Field(default=1, ge=1, le=schema.MAX_TOP_N)
 
     @model_validator(mode="after")
     def _check(self) -> ScoringOptions:
@@ -136,9 +139,9 @@ class Origin(_Model):
 class PlannedShard(_Model):
     """A fixed range of sequences: `first .. first + sequences`."""
 
-    first: int = Field(ge=0)
-    sequences: int = Field(ge=1)
-    tokens: int = Field(ge=2)
+    first: int = Field(ge=0, le=_MAX_COUNT)
+    sequences: int = Field(ge=1, le=_MAX_COUNT)
+    tokens: int = Field(ge=2, le=_MAX_COUNT)
 
 
 class Manifest(_Model):
@@ -147,7 +150,7 @@ class Manifest(_Model):
     format_version: int = Field(default=schema.FORMAT_VERSION, strict=True, ge=1, le=schema.FORMAT_VERSION)
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
-    vocabulary_size: int = Field(ge=2)
+    vocabulary_size: int = Field(ge=2, le=_MAX_ID)
     corpus: CorpusIdentity
     scoring: ScoringOptions
     shards: tuple[PlannedShard, ...] = Field(min_length=1)
@@ -197,12 +200,12 @@ class Receipt(_Model):
     """Written after its shard is whole and durable: a shard without a receipt does not exist."""
 
     cache_id: str
-    shard: int = Field(ge=0)
-    rows: int = Field(ge=1)
-    tokens: int = Field(ge=2)
-    stored_positions: int = Field(ge=0)
-    entries: int = Field(ge=0)
-    bytes: int = Field(ge=1)
+    shard: int = Field(ge=0, le=_MAX_COUNT)
+    rows: int = Field(ge=1, le=_MAX_COUNT)
+    tokens: int = Field(ge=2, le=_MAX_COUNT)
+    stored_positions: int = Field(ge=0, le=_MAX_COUNT)
+    entries: int = Field(ge=0, le=_MAX_COUNT)
+    bytes: int = Field(ge=1, le=_MAX_COUNT)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     tail_prior_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     sum_tail_mass: float = Field(ge=0)
@@ -210,6 +213,19 @@ class Receipt(_Model):
     sum_sketch_kl: float | None = Field(default=None, ge=0)
     sum_residual_mass: float | None = Field(default=None, ge=0)
     seconds: float = Field(ge=0)
+
+
+class PriorReceipt(_Model):
+    """Of the tail prior, which is the whole cache's."""
+
+    cache_id: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Part(_Model):
+    """Which shards are here, where not all are (`partial.json`)."""
+
+    shards: tuple[int, ...] = Field(min_length=1)
 
 
 def _differences(prefix: str, ours: Any, theirs: Any) -> list[str]:
@@ -269,6 +285,14 @@ def read_manifest(path: Place) -> Manifest:
 
 def read_receipt(path: Place) -> Receipt:
     return _read_model(path, Receipt, "receipt")
+
+
+def read_prior_receipt(path: Place) -> PriorReceipt:
+    return _read_model(path, PriorReceipt, "receipt of the tail prior")
+
+
+def read_part(path: Place) -> Part:
+    return _read_model(path, Part, "list of shards")
 
 
 def write_model(path: Place, model: BaseModel, *, exclusive: bool = False) -> None:

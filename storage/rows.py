@@ -89,7 +89,7 @@ class Rows:
                 arrays.append(pa.array(self.sequence_id, column.element))
                 continue
             ragged = self.lists[column.name]
-            stored = quantization.encode(ragged.values) if column.element == pa.uint8() else ragged.values
+            stored = quantization.encode(ragged.values) if column.is_quantized else ragged.values
             values = pa.array(stored.astype(column.element.to_pandas_dtype(), copy=False), column.element)
             if ragged.offsets[-1] > np.iinfo(np.int32).max:
                 raise CacheError(f"column {column.name} of one shard has over 2^31 values; use smaller shards")
@@ -116,7 +116,7 @@ class Rows:
             if values.null_count:
                 raise CacheError(f"column {name} has nulls inside its lists")
             numbers = values.to_numpy(zero_copy_only=False)
-            if numbers.dtype == np.uint8:
+            if schema.quantized(name, array.type.value_type):
                 numbers = quantization.decode(numbers, float(table.schema.metadata[schema.META_STEP]))
             lists[name] = Ragged(numbers, offsets - offsets[0])
         return cls(sequence_id, lists)

@@ -52,9 +52,14 @@ class Column:
         return pa.list_(pa.field("element", self.element, nullable=False))
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether its bytes are codes of log-probabilities (`storage.quantization`)."""
+        return quantized(self.name, self.element)
+
+    @property
     def dtype(self) -> np.dtype:
-        """Of its values in memory. Codes are log-probabilities there."""
-        return np.dtype(np.float32 if self.element == pa.uint8() else self.element.to_pandas_dtype())
+        """Of its values in memory, where codes of log-probabilities are log-probabilities."""
+        return np.dtype(np.float32 if self.is_quantized else self.element.to_pandas_dtype())
 
     @property
     def field(self) -> pa.Field:
@@ -94,11 +99,11 @@ TAIL_SAMPLES = Column(
 
 SKETCH_CODES = Column(
     "sketch_codes",
-    pa.int8(),
+    pa.uint8(),
     "P*r",
     "steps",
-    "code z of the teacher's last hidden state; with `sketch.safetensors` the logits of the tail are about "
-    "bias + basis (scales * z)",
+    "code c of the teacher's last hidden state, 1..255; with `sketch.safetensors` the logits of the tail are about "
+    "bias + basis (scales * (c - 128))",
     optional=True,
 )
 RESIDUAL_SAMPLES = Column(
@@ -106,8 +111,8 @@ RESIDUAL_SAMPLES = Column(
     pa.int32(),
     "P*M",
     "token id",
-    "M ids per stored position drawn from the tail in proportion to |p - w|, w the tail that the codes give, both "
-    "summing to 1: the id where p > w, else -(id + 1); of no meaning where residual_mass is 0",
+    "M ids per stored position drawn from the tail, w the tail that the codes give, both summing to 1: the first "
+    "ceil(M/2) in proportion to max(p - w, 0), the others to max(w - p, 0); of no meaning where residual_mass is 0",
     optional=True,
 )
 RESIDUAL_MASS = Column(
@@ -115,7 +120,8 @@ RESIDUAL_MASS = Column(
     pa.float16(),
     "P",
     "probability",
-    "R, the sum of |p - w| over the tail: w + R / M times the signed samples has the expectation p",
+    "R, the sum of |p - w| over the tail: w, plus R/2 shared out among the former samples, less R/2 among the latter, "
+    "has the expectation p",
     optional=True,
 )
 
@@ -130,6 +136,12 @@ _STANDARD = (
     TOP_IDS,
     TOP_LOGPROBS,
 )
+
+
+def quantized(name: str, element: pa.DataType) -> bool:
+    """Whether a column of this name and type holds codes of log-probabilities."""
+    return name == TOP_LOGPROBS.name and element == pa.uint8()
+
 
 LOGPROB_TYPES = {8: pa.uint8(), 16: pa.float16(), 32: pa.float32()}
 # A uint16 count bounds the entries of a position.

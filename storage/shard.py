@@ -7,7 +7,9 @@ carries a CRC that reading checks. What other encodings would cost: docs/storage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from typing import IO
@@ -16,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import schema
+from storage import pages, schema
 from storage.errors import CacheError
 from storage.files import atomic_file
 from storage.manifest import Manifest
@@ -28,6 +30,10 @@ from storage.rows import Ragged, Rows
 ZSTD_LEVEL, ZSTD_LEVELS = 3, {"top_ids": 1}
 # A uint8 is an int32 to Parquet: split, its three zero bytes cost nothing.
 _SPLIT = (pa.int32(), pa.float32(), pa.uint8())
+# Offsets into a column of a shard are int32.
+MOST_VALUES = 2**31 - 1
+# Bytes of a column that are not its values: dictionaries, headers.
+_OVERHEAD = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,12 @@ def read_shard(
     index: int,
     columns: Sequence[str] | None = None,
     file: IO[bytes] | RawIOBase | None = None,
+    *,
+    page_checksums: bool = True,
 ) -> Rows:
     """Rows of a shard; `columns` None for all. Raises CacheError on anything but the shard that belongs here.
 
-    file: where the bytes are read from, if not from `path` itself.
+    file: where the bytes are read from, if not from `path` itself. page_checksums: compare those of the pages read.
     """
     wanted = {column.name: column for column in manifest.scoring.columns}
     names = list(wanted) if columns is None else list(dict.fromkeys(["sequence_id", *columns]))
@@ -99,7 +107,11 @@ def read_shard(
         if name not in wanted:
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
-        with pq.ParquetFile(file or path, page_checksum_verification=True, pre_buffer=file is not None) as parquet:
+        with ExitStack() as stack:
+            source = stack.enter_context(open(path, "rb")) if file is None else file  # type: ignore[arg-type]
+            parquet = stack.enter_context(
+                pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=file is not None)
+            )
             stored = parquet.schema_arrow
             metadata = stored.metadata or {}
             for key, value in shard_metadata(manifest, index).items():
@@ -110,14 +122,16 @@ def read_shard(
             for name in names:
                 if name not in stored.names or stored.field(name).type != wanted[name].type:
                     raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
-            table = parquet.read(columns=names, use_threads=False)
+            if parquet.metadata.num_rows != manifest.shards[index].sequences:
+                raise CacheError(
+                    f"{path}: {parquet.metadata.num_rows} rows, the plan says {manifest.shards[index].sequences}"
+                )
+            table = read_checked(parquet, source, most_values(manifest, index), names)
     except FileNotFoundError:
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{path}: unreadable as Parquet ({reason[:120]})") from None
-    if len(table) != manifest.shards[index].sequences:
-        raise CacheError(f"{path}: {len(table)} rows, the plan says {manifest.shards[index].sequences}")
     try:
         rows = Rows.from_table(table)
     except CacheError as error:
@@ -125,6 +139,56 @@ def read_shard(
     for problem in structure_problems(rows, manifest, index):
         raise CacheError(f"{path}: {problem}")
     return rows
+
+
+def most_values(manifest: Manifest, index: int) -> dict[str, int]:
+    """How many values each column of a shard may hold at most, an empty list counted as one, by the plan alone."""
+    planned, scoring = manifest.shards[index], manifest.scoring
+    each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n, "P*M": scoring.tail_samples}
+    return {
+        column.name: min(MOST_VALUES, planned.sequences + planned.tokens * each[column.per])
+        for column in scoring.columns
+    }
+
+
+def read_checked(
+    parquet: pq.ParquetFile, source: IO[bytes] | RawIOBase, most: Mapping[str, int], names: list[str]
+) -> pa.Table:
+    """The columns `names`, none of which may claim more than `most` values.
+
+    parquet: opened from `source`. Raises ValueError, before anything is decompressed, for columns whose pages are not
+    what the footer says: a few kilobytes of zstd may stand for gigabytes, and Arrow may crash.
+    """
+    values = dict.fromkeys(names, 0)
+    places = list(pages.extents(parquet.metadata, names))
+    for name, extent in places:
+        values[name] += extent.values
+        if values[name] > most[name]:
+            raise ValueError(f"column {name} claims {values[name]} values, the plan allows {most[name]}")
+        # Eight bytes are the widest value; levels and headers of pages come to far less than as much again.
+        if extent.unpacked > 16 * most[name] + _OVERHEAD:
+            raise ValueError(f"column {name} claims {extent.unpacked} bytes for {extent.values} values")
+    with _bytes_of(source) as bytes_of:
+        for _, extent in places:
+            pages.check_pages(bytes_of(extent.start, extent.length), extent)
+    return parquet.read(columns=names, use_threads=False)
+
+
+@contextmanager
+def _bytes_of(source: IO[bytes] | RawIOBase) -> Iterator[Callable[[int, int], memoryview]]:
+    """Start and length -> those bytes of an open file, mapped where that can be."""
+    try:
+        mapped = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+
+        def read(start: int, length: int) -> memoryview:
+            source.seek(start)
+            return memoryview(source.read(length) or b"")
+
+        yield read
+        return
+    # Closed with its last view: an error on its way may hold one.
+    yield lambda start, length: memoryview(mapped)[start : start + length]
 
 
 def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[str]:
@@ -230,9 +294,9 @@ def _value_problems(rows: Rows, manifest: Manifest) -> Iterator[str]:
         drawn = position_of_sample * manifest.vocabulary_size + samples
         if (at := _first(np.isin(drawn, kept) & (samples >= 0))) is not None:
             yield f"{row_of(int(position_of_sample[at]))}: tail sample {samples[at]} is in the top-N"
-    if "sketch_codes" in rows.lists and (at := _first(rows["sketch_codes"].values == -128)) is not None:
+    if "sketch_codes" in rows.lists and (at := _first(rows["sketch_codes"].values == 0)) is not None:
         position = int(np.flatnonzero(mask.values)[at // manifest.scoring.per_stored_position["sketch_codes"]])
-        yield f"{row_of(position)}: a sketch code is -128, they are -127..127"
+        yield f"{row_of(position)}: a sketch code is 0, they are 1..255"
     if "residual_samples" in rows.lists and "residual_mass" in rows.lists:
         yield from _residual_problems(rows, manifest, position_of_entry * manifest.vocabulary_size + top_ids, row_of)
     ascending = np.diff(top_logprobs) > 0
@@ -304,13 +368,11 @@ def _residual_problems(rows: Rows, manifest: Manifest, kept: np.ndarray, row_of:
     samples = rows["residual_samples"].values.astype(np.int64)
     per_position = manifest.scoring.per_stored_position["residual_samples"]
     positions = np.repeat(stored, per_position)
-    ids = np.where(samples < 0, -samples - 1, samples)
-    if (at := _first(ids >= manifest.vocabulary_size)) is not None:
+    if (at := _first((samples < 0) | (samples >= manifest.vocabulary_size))) is not None:
         yield (
-            f"{row_of(int(positions[at]))}: residual sample {samples[at]} is outside "
-            f"-{manifest.vocabulary_size}..{manifest.vocabulary_size - 1}"
+            f"{row_of(int(positions[at]))}: residual sample {samples[at]} is outside 0..{manifest.vocabulary_size - 1}"
         )
-    inside = np.isin(positions * manifest.vocabulary_size + ids, kept) & np.repeat(mass > 0, per_position)
+    inside = np.isin(positions * manifest.vocabulary_size + samples, kept) & np.repeat(mass > 0, per_position)
     if (at := _first(inside)) is not None:
         yield f"{row_of(int(positions[at]))}: residual sample {samples[at]} is in the top-N"
 

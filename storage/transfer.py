@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from storage.cache import CARD, TAIL_PRIOR, Cache
+from storage.cache import CARD, PRIOR_RECEIPT, TAIL_PRIOR, Cache
 from storage.errors import CacheError
 from storage.files import atomic_file, sha256_file, write_bytes
 from storage.manifest import write_model
@@ -49,7 +49,7 @@ def copy_cache(
             cache.check_sketch()
         except CacheError:
             _copy_file(source.sketch_path, cache.sketch_path, sketch.sha256)
-    cache.write_tokenizer(lambda folder: shutil.copytree(source.tokenizer_path, folder, dirs_exist_ok=True))
+    cache.write_tokenizer(source.copy_tokenizer)
 
     def copy(index: int) -> bool:
         receipt = receipts[index]
@@ -71,9 +71,11 @@ def copy_cache(
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
-    for name in (TAIL_PRIOR, CARD):
-        if (source.path / name).exists():
-            write_bytes(cache.path / name, (source.path / name).read_bytes())
+    if (prior := source.prior_receipt()) is not None:
+        _copy_file(source.path / TAIL_PRIOR, cache.path / TAIL_PRIOR, prior.sha256)
+        write_model(cache.path / PRIOR_RECEIPT, prior)
+    if source.is_sealed:
+        write_bytes(cache.path / CARD, (source.path / CARD).read_bytes())
     return copied
 
 

@@ -37,12 +37,14 @@ _TEACHER = (
     show_default="the one in the manifest",
     help="Precision of the teacher.",
 )
-@click.option("--sequences", default=64, type=click.IntRange(1), help="Sequences to score again, drawn from all.")
+@click.option(
+    "--sequences", type=click.IntRange(1), show_default="64", help="Sequences to score again, drawn from all."
+)
 @click.option(
     "--share",
     type=click.FloatRange(0, 1, min_open=True),
-    show_default="as --sequences says",
-    help="The same as a share of all sequences, 0 to 1.",
+    show_default="none",
+    help="Instead of --sequences: the share of all sequences to score again, 0 to 1.",
 )
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the draw.")
 @click.option(
@@ -102,6 +104,8 @@ def command(directory: str, as_json: bool, **given: Any) -> None:
         drawn = []
         if ours.samples_that_differ is not None and control.samples_that_differ is not None:
             drawn = [("tail samples that differ", _shares(ours.samples_that_differ, control.samples_that_differ))]
+        if ours.codes_that_differ is not None and control.codes_that_differ is not None:
+            drawn += [("sketch codes that differ", _shares(ours.codes_that_differ, control.codes_that_differ))]
         summary(
             "audit",
             [

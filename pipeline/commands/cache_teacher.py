@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_TURNS = ("all", "last", "each")
 
 
 @click.command("cache-teacher")
@@ -149,6 +150,19 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     help="Column of chat messages (loss on the assistant's tokens).",
 )
 @click.option(
+    "--tools-column",
+    metavar="NAME",
+    show_default="tools",
+    help="Column of the functions that a chat's assistant may call, as JSON schemas.",
+)
+@click.option(
+    "--turns",
+    default="all",
+    type=click.Choice(_TURNS),
+    help="Assistant turns of a chat that have a loss: all in one sequence, the last alone, or each at the end of a "
+    "sequence of its own, which templates need that strip earlier thinking.",
+)
+@click.option(
     "--append-eos/--no-append-eos", default=True, help="End texts and completions with the end-of-sequence token."
 )
 @click.option(
@@ -170,6 +184,19 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of whatever is drawn at random.")
 @click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub teacher.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher.")
+@click.option(
+    "--license",
+    metavar="ID",
+    show_default="not stated",
+    help="Licence of the cache for its dataset card, as hubs name them, e.g. cc-by-4.0. The corpus and the teacher "
+    "have theirs.",
+)
+@click.option(
+    "--citation",
+    metavar="TEXT",
+    show_default="none",
+    help="How to cite the source of the corpus, for the dataset card.",
+)
 @click.option("--processes", type=click.IntRange(1), show_default="all cores", help="Processes that tokenise.")
 @config_option()
 def command(**given: Any) -> None:
@@ -218,7 +245,7 @@ def cache_options(given: dict[str, Any]) -> CacheOptions:
     from stages.caching import CacheOptions
     from stages.engines import EngineOptions
 
-    names = ("text_column", "prompt_column", "completion_column", "messages_column")
+    names = ("text_column", "prompt_column", "completion_column", "messages_column", "tools_column")
     columns = {name: given.pop(name) for name in names}
     given["logprob_bits"] = int(given["logprob_bits"])
     engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})

@@ -16,8 +16,8 @@ from storage.errors import UserError
     "--shards",
     metavar="FIRST:STOP",
     show_default="all",
-    help="Only these shards, numbered from 0, STOP not included, to look at: such a part can be inspected and "
-    "verified, not trained from.",
+    help="Only these shards, numbered from 0, STOP not included. Such a part can be inspected, verified and trained "
+    "from.",
 )
 @click.option("--jobs", default=8, type=click.IntRange(1), help="Files on their way at a time.")
 def command(url: str, directory: str, shards: str | None, jobs: int) -> None:

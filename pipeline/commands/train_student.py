@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.config_file import config_option, key_value_option
 from pipeline.progress import summary
+
+if TYPE_CHECKING:
+    from stages.student import Part
 
 # Options that are fields of transformers.TrainingArguments under a name that is shorter to type.
 _SHORT = {
@@ -222,6 +225,14 @@ _OBJECTIVE = (
 @click.option("--seed", default=42, type=click.IntRange(0), help="Seed of initial weights, shuffle and dropout.")
 @click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub student.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the student.")
+@click.option(
+    "--checksums",
+    default="start",
+    type=click.Choice(["start", "read", "off"]),
+    help="When the sha256 of each local file is compared: of all before the training begins, of each shard when it is "
+    "first read, or never; off leaves out the CRC of every page too. Remote shards are always compared when they are "
+    "fetched, and values are always checked.",
+)
 @key_value_option("--trainer", help="Any other field of transformers.TrainingArguments, e.g. optim=adafactor.")
 @config_option()
 def command(**given: Any) -> None:
@@ -254,6 +265,9 @@ def command(**given: Any) -> None:
         trainer[field] = value
     objective = Objective(name=given.pop("objective"), **{name: given.pop(name) for name in _OBJECTIVE})
     prepared = prepare(StudentOptions(objective=objective, trainer=trainer, **given))
+    for part in prepared.parts:
+        if part.cache.is_partial:
+            click.echo(_part_sentence(part), err=True)
     if prepared.finished is not None:
         click.echo(f"{prepared.options.output}: this run is finished already", err=True)
         report = prepared.finished
@@ -266,6 +280,19 @@ def command(**given: Any) -> None:
     # Of several processes that train together, one says how it went.
     if os.environ.get("RANK", "0") == "0":
         summary("student", _rows(prepared.options.output, report))
+
+
+def _part_sentence(part: Part) -> str:
+    """What of a cache that was pulled with --shards is here."""
+    from stages.shard_dataset import sequences_here
+
+    cache = part.cache
+    here, count = int(sequences_here(cache).sum()), cache.manifest.corpus.sequences
+    return (
+        f"{cache.path}: a part, {len(cache.shards_here)} of {len(cache.manifest.shards)} shards with {here:,} of "
+        f"{count:,} sequences ({here / count:.1%}), {len(part.eval_ids):,} of them held out; which are held out, and "
+        "the mean tail distribution, are those of the whole cache"
+    )
 
 
 def _weights(text: str | None) -> tuple[float, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import signal
@@ -65,20 +64,6 @@ def _call(target: Callable[..., int | None], arguments: tuple, errors: str) -> N
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of every file of a cache; of a receipt, all but its timing."""
-    found: dict[str, bytes] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            data = path.read_bytes()
-            if path.parent.name == "shards" and path.suffix == ".json":
-                data = json.dumps(
-                    {name: value for name, value in json.loads(data).items() if name != "seconds"}
-                ).encode()
-            found[str(path.relative_to(folder))] = data
-    return found
 
 
 def command(words: list[str], limit: int = 0) -> int:

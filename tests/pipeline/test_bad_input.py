@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import zstandard
 
+from benchmarks.damage import contents
 from storage.cache import Cache
 from storage.errors import CacheError
 from tests.conftest import Finished, Tiny, make_model, make_tokenizer
 from tests.pipeline import apart
-from tests.pipeline.apart import contents
 
 Pipeline = Callable[..., Finished]
 

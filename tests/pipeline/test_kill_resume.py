@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.damage import contents
 from storage.cache import Cache
 from storage.errors import CacheError
 from tests.conftest import Finished, Tiny
 from tests.pipeline import apart
-from tests.pipeline.apart import contents
 from tests.storage.synthetic import make_manifest, write_cache
 
 PATIENCE = 120
@@ -114,6 +114,21 @@ def test_two_commands_cannot_claim_one_directory(tmp_path: Path, monkeypatch: py
         Cache.create_or_resume(tmp_path / "cache", ours)
     assert Cache.open(tmp_path / "cache").manifest == theirs
     assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+def test_a_directory_claimed_between_two_looks_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest appears after it was looked for, and before the files are listed."""
+    listed = Path.iterdir
+
+    def late(path: Path) -> Any:
+        monkeypatch.setattr(Path, "iterdir", listed)
+        write_cache(tmp_path / "cache", MANIFEST)
+        return listed(path)
+
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(Path, "iterdir", late)
+    Cache.check_target(tmp_path / "cache")
+    assert Cache.resume(tmp_path / "cache", MANIFEST) is not None
 
 
 # ---- cache-teacher ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import fields
 import click
 
 from pipeline.commands import cache_teacher, train_student
-from stages import caching, engines, objective, ranking
+from stages import caching, corpus, engines, objective, ranking
 from stages.student import StudentOptions
 from stages.tail import TAIL_CHOICES
 
@@ -28,6 +28,7 @@ def test_choices() -> None:
     assert choices(train_student.command, "rank_scope") == ranking.RANK_SCOPES
     assert choices(train_student.command, "tail") == TAIL_CHOICES
     assert choices(cache_teacher.command, "dtype") == caching.DTYPES
+    assert choices(cache_teacher.command, "turns") == corpus.TURNS
 
 
 def test_defaults() -> None:
@@ -42,7 +43,7 @@ def test_defaults() -> None:
     engine = engines.EngineOptions("")
     options = caching.CacheOptions(engine, "", "")
     theirs = defaults(cache_teacher.command)
-    for name in ("top_n", "dtype", "overlong", "shard_tokens", "seed", "append_eos", "tail_samples"):
+    for name in ("top_n", "dtype", "overlong", "turns", "shard_tokens", "seed", "append_eos", "tail_samples"):
         assert theirs[name] == getattr(options, name), name
     for name in ("engine", "batch_tokens", "vllm_route", "server_concurrency"):
         assert theirs[name] == getattr(engine, name), name

@@ -76,7 +76,7 @@ def test_caching_straight_into_a_bucket(
     one_sentence(pipeline(*words), 2, "there is no bucket s3://nobucket")
 
 
-def test_a_part_to_look_at(pipeline: Pipeline, tiny: Tiny, cache_path: Path, s3: Proxy, tmp_path: Path) -> None:
+def test_a_part_to_train_from(pipeline: Pipeline, tiny: Tiny, cache_path: Path, s3: Proxy, tmp_path: Path) -> None:
     assert pipeline("push", cache_path, URL).code == 0
     part = tmp_path / "part"
     assert "2 of 6 shards" in pipeline("pull", URL, part, "--shards", "1:3").out
@@ -84,7 +84,10 @@ def test_a_part_to_look_at(pipeline: Pipeline, tiny: Tiny, cache_path: Path, s3:
     assert "shards: 2 of 6" in lines
     assert "2 shards" in pipeline("verify", part).out
     one_sentence(pipeline("inspect", part, "--sequence", 0), 2, "--sequence 0: is in shard 0, which was not pulled")
-    one_sentence(pipeline(*training(tiny, part, tmp_path / "out")), 2, "holds 2 of 6 shards", "pull` the rest")
+    ended = pipeline(*training(tiny, part, tmp_path / "out"), "--eval-share", 0.2)
+    assert ended.code == 0, ended.err
+    assert f"{part}: a part, 2 of 6 shards with " in ended.err and " of 59 sequences (" in ended.err
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["shards"] == {"part": [2, 6]}
     one_sentence(pipeline("push", part, "s3://bucket/part"), 2, "holds 2 of 6 shards")
     assert pipeline("bundle", part, tmp_path / "part.tar.zst").code == 0
     assert "2 shards" in pipeline("unbundle", tmp_path / "part.tar.zst", tmp_path / "there").out

@@ -1,11 +1,13 @@
 """Which tokens of a chat are the assistant's, token by token, for templates of every temper."""
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from stages.chat import encode_spans, render_chat
+from stages.chat import encode_spans, render_chat, render_turns
 from storage.errors import UserError
 
 WORDS = ["hello there how are you today", "fine thanks and you", "system be brief user assistant  \n\n"]
@@ -152,7 +154,58 @@ def test_thinking_that_is_stripped_later(tokenizer):
     assert marked_runs(tokenizer, *render_chat(tokenizer, chat)) == ["<think>hm</think>fine<|im_end|>"]
     message = refusal(tokenizer, chat * 2, "row 7 of a.jsonl")
     assert "cannot tell which tokens are the assistant's in row 7 of a.jsonl" in message
-    assert "{% generation %}" in message and "prompt and completion" in message
+    assert "{% generation %}" in message and "prompt and completion" in message and "--turns each" in message
+    # Turn by turn each thought is there while it is written, and gone before the next.
+    first, second = render_turns(tokenizer, chat * 2)
+    assert marked_runs(tokenizer, *first) == marked_runs(tokenizer, *second) == ["<think>hm</think>fine<|im_end|>"]
+    assert tokenizer.decode(first[0]) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.decode(second[0]) == tokenizer.apply_chat_template(chat * 2, tokenize=False)
+    assert tokenizer.decode(second[0]).count("hm") == 1
+    (only,) = render_turns(tokenizer, [*chat * 2, CHAT[1]], last=True)
+    assert only[0].tolist() == second[0].tolist() and only[1].tolist() == second[1].tolist()
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION, INSTRUCT])
+def test_turn_by_turn_marks_what_the_whole_chat_marks(tokenizer, template):
+    tokenizer.chat_template = template
+    chat = CHAT[1:]
+    ids, marks = render_chat(tokenizer, chat)
+    turns = render_turns(tokenizer, chat)
+    assert [marked_runs(tokenizer, *turn) for turn in turns] == [[run] for run in marked_runs(tokenizer, ids, marks)]
+    assert turns[-1][0].tolist() == ids.tolist()
+    (unanswered,) = render_turns(tokenizer, chat[:1])
+    assert len(unanswered[0]) and not unanswered[1].any()
+
+
+TOOLS = [{"type": "function", "function": {"name": "fine", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+def test_tools_reach_the_template(tokenizer, template):
+    """As `apply_chat_template(tools=)` renders them, and none of them is the assistant's."""
+    tokenizer.chat_template = "{% for t in tools or [] %}tool {{ t.function | tojson }}\n{% endfor %}" + template
+    ids, marks = render_chat(tokenizer, CHAT, tools=TOOLS)
+    whole = tokenizer.apply_chat_template(CHAT, tools=TOOLS, tokenize=False)
+    assert tokenizer.decode(ids) == whole and whole.startswith('tool {"name": "fine"')
+    assert marked_runs(tokenizer, ids, marks) == ["fine thanks<|im_end|>", " fine  and you <|im_end|>"]
+    without, unmarked = render_chat(tokenizer, CHAT)
+    assert marks.sum() == unmarked.sum() and len(ids) > len(without)
+    assert render_chat(tokenizer, CHAT, tools=json.dumps(TOOLS))[0].tolist() == ids.tolist()
+    # What Parquet makes of schemas that differ.
+    padded = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": None}, "extra": None}]
+    assert render_chat(tokenizer, CHAT, tools=padded)[0].tolist() == ids.tolist()
+    assert all(tokenizer.decode(turn[0]).startswith("tool {") for turn in render_turns(tokenizer, CHAT, tools=TOOLS))
+    for nothing in (None, [], "", " "):
+        assert render_chat(tokenizer, CHAT, tools=nothing)[0].tolist() == without.tolist()
+
+
+@pytest.mark.parametrize(
+    ("tools", "says"), [("{", "are text that is not JSON"), ({"a": 1}, "not a list of objects"), ([1], "not a list of")]
+)
+def test_malformed_tools_name_the_row(tokenizer, tools, says):
+    tokenizer.chat_template = CHATML
+    with pytest.raises(UserError, match=f"The tools in row 9 {says}|The tools in row 9 are {says}"):
+        render_chat(tokenizer, CHAT, "row 9", tools=tools)
 
 
 def test_templates_that_cannot_tell(tokenizer):

@@ -243,6 +243,42 @@ def test_chat(tokenizer, write):
     assert tokenizer.decode(sequence.input_ids[first]) == "\n"
 
 
+def test_turns_and_tools_of_chats(tokenizer, write, tmp_path):
+    tokenizer.chat_template = "{{ tools[0].name if tools else '' }}" + CHATML
+    user, answer = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}
+    rows = [
+        {"messages": [user, answer, user, answer], "tools": [{"name": "maybe"}]},
+        {"messages": [user], "tools": None},
+        {"messages": [user, answer]},
+    ]
+    try:
+        found = {}
+        for turns, sequences, without in (("all", 2, 1), ("last", 2, 1), ("each", 3, 1)):
+            corpus = build_corpus(write(rows), tokenizer, replace(OPTIONS, turns=turns))
+            assert (corpus.report.sequences, corpus.report.without_loss) == (sequences, without)
+            found[turns] = corpus.read(0, sequences)
+        marked = {turns: [trained(tokenizer, s) for s in sequences] for turns, sequences in found.items()}
+        one = "yes<|im_end|>"
+        assert marked == {"all": [one * 2, one], "last": [one, one], "each": [one, one, one]}
+        starts = [tokenizer.decode(s.input_ids).startswith("maybe<|im_start|>") for s in found["each"]]
+        assert starts == [True, True, False]
+        # Cut at the front of the second turn, so that turn has nothing left to train on.
+        short = build_corpus(
+            write(rows[:1]), tokenizer, replace(OPTIONS, turns="each", max_length=len(found["each"][0].input_ids))
+        )
+        assert (short.report.sequences, short.report.without_loss, short.report.cut) == (1, 1, 1)
+        # A column of Parquet that holds schemas as text, under a name of its own.
+        table = {"messages": [rows[0]["messages"]], "functions": ['[{"name": "maybe"}]']}
+        pq.write_table(pa.table(table), tmp_path / "functions.parquet")
+        named = build_corpus(str(tmp_path / "functions.parquet"), tokenizer, replace(OPTIONS, tools_column="functions"))
+        assert named.read(0, 1)[0].input_ids.tolist() == found["all"][0].input_ids.tolist()
+        assert "There is no column 'tool'" in refusal(write(rows), tokenizer, replace(OPTIONS, tools_column="tool"))
+        source = write([{"messages": [user, answer], "tools": "{"}])
+        assert refusal(source, tokenizer, OPTIONS).startswith(f"The tools in row 1 of {source} are text that is not")
+    finally:
+        tokenizer.chat_template = CHATML
+
+
 def test_chat_of_parquet_and_its_errors(tokenizer, write, tmp_path):
     chats = [[{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]]
     pq.write_table(pa.table({"messages": chats, "prompt": ["unused"]}), tmp_path / "a.parquet")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from stages.divergence import TeacherRows, at_temperature, divergences, student_terms, teacher_terms
+from stages.divergence import Divergences, TeacherRows, at_temperature, divergences, student_terms, teacher_terms
+from stages.objective import Objective, compare
+from stages.sketch import Sketch
 from stages.tail import Tail, log_prior
 from tests import reference
 
@@ -333,3 +338,93 @@ def test_temperature_equals_softened_logits(temperature: float, top_n: int) -> N
         tkd, dkd = reference.bucket_terms(p, q, int(gold[row]), found[row]["top_ids"])
         np.testing.assert_allclose(terms.tkd[row], tkd, rtol=1e-8, atol=1e-12)
         np.testing.assert_allclose(terms.dkd[row], dkd, rtol=1e-8, atol=1e-12)
+
+
+@dataclass
+class Sketched:
+    """Rows whose tails a sketch has for w. meant: float64 `[R, V]`, the teacher as these rows say: the kept ids as they
+    are, the tail's mass spread as w and the residual samples, if any, have it.
+    """
+
+    teacher: np.ndarray
+    student: np.ndarray
+    gold: np.ndarray
+    rows: TeacherRows
+    sketch: Sketch
+    meant: np.ndarray
+
+    def compared(self, **objective: Any) -> tuple[Divergences, np.ndarray]:
+        """By this objective; and the gradient of the whole divergence on the student's logits."""
+        asked = Objective(**objective, tail="sketch")
+        logits = torch.tensor(self.student / asked.temperature, requires_grad=True)
+        student = student_terms(logits, self.rows, asked.sketch_tail(self.sketch))
+        found = compare(asked, student, teacher_terms(self.rows, "sketch", torch.float64))
+        return found, torch.autograd.grad(found.whole.sum(), logits)[0].numpy()
+
+
+def sketched(samples: int = 0, temperature: float = 1.0) -> Sketched:
+    teacher, student, gold = random_pair(12, 30, 2.0)
+    generator = np.random.default_rng(3)
+    basis, bias = generator.standard_normal((30, 4)), generator.standard_normal(30)
+    codes = generator.integers(1, 256, (12, 4))
+    nothing = torch.zeros(1)
+    sketch = Sketch(
+        torch.tensor(basis).float(), torch.tensor(bias).float(), nothing, nothing, torch.full((4,), 0.01), nothing
+    )
+    rows = kept_rows(teacher / temperature, gold, 5)
+    rows.sketch_codes = torch.tensor(codes, dtype=torch.uint8)
+    meant = np.exp(reference.log_softmax(teacher / temperature))
+    drawn = np.zeros((12, samples), np.int64)
+    for row in range(12):
+        outside, _ = tail_of(teacher[row], int(gold[row]), 5)
+        w = np.where(outside, np.exp((bias + 0.01 * basis @ (codes[row] - 128.0)) / temperature), 0.0)
+        w /= w.sum()
+        if samples:
+            drawn[row] = generator.choice(np.flatnonzero(outside), samples)
+            more = (samples + 1) // 2
+            np.add.at(w, drawn[row, :more], 0.25 / more)
+            np.add.at(w, drawn[row, more:], -0.25 / (samples - more))
+        meant[row, outside] = meant[row, outside].sum() * w[outside]
+    if samples:
+        rows.residual_samples, rows.residual_mass = torch.tensor(drawn), torch.full((12,), 0.5)
+    return Sketched(teacher, student, gold, rows, sketch, meant)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_sketch_spreads_the_tail_as_it_says(temperature: float) -> None:
+    """Every divergence, TKD and DKD included, is the one of the distribution that is meant."""
+    made = sketched(temperature=temperature)
+    p, q = made.meant, np.exp(reference.log_softmax(made.student / temperature))
+    log_p, log_q = np.log(p), np.log(q)
+    for direction, (one, other) in [("forward", (log_p, log_q)), ("reverse", (log_q, log_p))]:
+        found, gradient = made.compared(name="kl", direction=direction, temperature=temperature)
+        for row in range(12):
+            g = int(made.gold[row])
+            np.testing.assert_allclose(found.tkd[row].item(), reference.tkd(one[row], other[row], g), rtol=1e-5)
+            np.testing.assert_allclose(found.dkd[row].item(), reference.dkd(one[row], other[row], g), rtol=1e-5)
+            np.testing.assert_allclose(found.whole[row].item(), reference.kl(one[row], other[row]), rtol=1e-5)
+    kl = (q * (log_q - log_p)).sum(1, keepdims=True)
+    np.testing.assert_allclose(gradient, q * (log_q - log_p - kl), atol=1e-6)
+    mixed = 0.3 * p + 0.7 * q
+    jsd, _ = made.compared(name="jsd", beta=0.3, temperature=temperature)
+    expected = (0.3 * p * np.log(p / mixed) + 0.7 * q * np.log(q / mixed)).sum(1)
+    np.testing.assert_allclose(jsd.whole.detach(), expected, rtol=1e-5)
+    tvd, _ = made.compared(name="tvd", temperature=temperature)
+    np.testing.assert_allclose(tvd.whole.detach(), 0.5 * abs(p - q).sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [2, 7])
+def test_residual_samples_add_and_take_away(samples: int) -> None:
+    """The gradient is that of the distribution they make, which need not be positive; the value is the KL of the full
+    teacher but for what the samples do not see, whose own entropy the cache has."""
+    made = sketched(samples)
+    p, q = full(made.teacher, made.student)
+    made.rows.entropy = torch.tensor(-(p * np.log(p)).sum(1))
+    found, gradient = made.compared(name="kl")
+    np.testing.assert_allclose(made.meant.sum(1), np.ones(12))
+    np.testing.assert_allclose(gradient, q - made.meant, atol=1e-6)
+    np.testing.assert_allclose(found.whole.detach(), (p * np.log(p) - made.meant * np.log(q)).sum(1), rtol=1e-5)
+    # Drawn at temperature 1 from what is left of p, they have no part in any other comparison.
+    alone = sketched()
+    for asked in ({"name": "kl", "direction": "reverse"}, {"name": "jsd"}, {"name": "tvd"}, {"temperature": 2.0}):
+        torch.testing.assert_close(made.compared(**asked)[0].whole, alone.compared(**asked)[0].whole)

@@ -71,11 +71,11 @@ def tail_samples(rows: TeacherRows, generator: np.random.Generator) -> torch.Ten
 
 
 def add_sketch(rows: TeacherRows, teacher: np.ndarray, generator: np.random.Generator) -> None:
-    """Codes and signed residual samples as a cache would hold them, but at random; some ids beyond the student's."""
-    rows.sketch_codes = torch.tensor(generator.integers(-20, 21, (ROWS, 3)), dtype=torch.int8)
+    """Codes and residual samples as a cache would hold them, but at random; some ids beyond the student's."""
+    rows.sketch_codes = torch.tensor(generator.integers(108, 149, (ROWS, 3)), dtype=torch.uint8)
     ids = np.where(rows.tail_samples >= 0, rows.tail_samples, 0)
-    rows.residual_samples = torch.tensor(np.where(generator.random(ids.shape) < 0.5, ids, -1 - ids))
-    rows.residual_samples[3:5, 0] = torch.tensor([VOCABULARY + 3, -(VOCABULARY + 4)])
+    rows.residual_samples = torch.tensor(ids)
+    rows.residual_samples[3:5, [0, 4]] = VOCABULARY + torch.tensor([3, 4])
     rows.residual_mass = torch.tensor(generator.random(ROWS) * 1.5).half()
     rows.residual_mass[rows.tail_logmass == float("-inf")] = 0.0
 

@@ -135,6 +135,28 @@ def test_options_that_do_not_go_together_are_named(options: dict) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "residuals", "chosen"),
+    [
+        ({}, True, "sketch"),
+        ({}, False, "sampled"),
+        ({"temperature": 2.0}, True, "sketch"),
+        ({"direction": "reverse"}, False, "sketch"),
+        ({"name": "jsd"}, True, "sketch"),
+        ({"name": "ce"}, True, "bucket"),
+        ({"tail": "bucket"}, True, "bucket"),
+    ],
+)
+def test_auto_takes_a_sketch_where_nothing_unbiased_is_without(options: dict, residuals: bool, chosen: str) -> None:
+    resolved = Objective(**options).for_cache(
+        has_samples=True, has_prior=True, has_sketch=True, has_residuals=residuals
+    )
+    assert resolved.tail == chosen
+    assert resolved.problem() is None
+    no_samples = Objective(**options).for_cache(has_samples=False, has_prior=True, has_sketch=True)
+    assert no_samples.tail == ("sketch" if chosen == "sampled" else chosen)
+
+
+@pytest.mark.parametrize(
     ("options", "samples", "prior", "chosen"),
     [
         ({}, True, True, "sampled"),

@@ -33,8 +33,12 @@ def centred(logits: np.ndarray) -> np.ndarray:
 def error(logits: np.ndarray, sketch: Sketch, hidden: np.ndarray, *, rounded: bool) -> float:
     """Sum of squares that the sketch misses of `[P, V]` logits."""
     states = torch.from_numpy(hidden)
-    codes = sketch.encode(states).float() if rounded else (states - sketch.mean) @ sketch.encoder.T / sketch.scales
-    return float((centred(sketch.logits(codes).double().numpy() - logits) ** 2).sum())
+    found = sketch.logits(sketch.encode(states)) if rounded else sketch.decode(exact_codes(sketch, hidden))
+    return float((centred(found.double().numpy() - logits) ** 2).sum())
+
+
+def exact_codes(sketch: Sketch, hidden: np.ndarray) -> torch.Tensor:
+    return (torch.from_numpy(hidden) - sketch.mean) @ sketch.encoder.T
 
 
 @pytest.mark.parametrize("positions", [400, 15])  # 15: fewer than dimensions, a covariance without an inverse
@@ -55,23 +59,26 @@ def test_no_other_approximation_of_that_rank_is_nearer(positions: int, rank: int
     # float32 and a float16 basis.
     assert best - 1e-7 * total <= error(logits, sketch, hidden, rounded=False) <= best + 1e-6 * total
     # Not only as near: the very same approximation.
-    codes = (torch.from_numpy(hidden) - sketch.mean) @ sketch.encoder.T / sketch.scales
-    found = centred((sketch.logits(codes) - sketch.bias).double().numpy())
+    found = centred((sketch.decode(exact_codes(sketch, hidden)) - sketch.bias).double().numpy())
     np.testing.assert_allclose(found, left[:, :rank] * singular[:rank] @ right[:rank], atol=4e-3 * deviations.std())
     np.testing.assert_allclose(sketch.explained[: len(singular)], np.cumsum(singular**2)[:24] / total, atol=1e-5)
-    # Rounding to integers adds their variance and no more.
-    step = float(sketch.scales[0]) ** 2 / 12 * (singular[:rank] ** 2).sum()
-    assert error(logits, sketch, hidden, rounded=True) <= best + 3 * step + 1e-6 * total
+    # Rounding adds a twelfth of the squares of the steps, which are equally long in the logits but for those that a
+    # code would not reach.
+    steps = np.maximum(singular[rank], 8 / 127 * singular[:rank])
+    np.testing.assert_allclose(sketch.scales * singular[:rank], steps, rtol=1e-4)
+    added = error(logits, sketch, hidden, rounded=True) - best
+    assert added == pytest.approx((steps**2).sum() / 12, rel=0.5)
 
 
 def test_codes_have_unit_variance_and_stay_in_range() -> None:
     hidden = states(500, 24)
     sketch = calibrate(moments_of(hidden), torch.randn((100, 24), generator=torch.Generator().manual_seed(0)), None, 6)
     codes = sketch.encode(torch.from_numpy(hidden))
-    assert codes.dtype == torch.int8 and codes.shape == (500, 6)
-    np.testing.assert_allclose((codes * sketch.scales).var(0, correction=0), np.ones(6), atol=1e-2)
+    assert codes.dtype == torch.uint8 and codes.shape == (500, 6)
+    np.testing.assert_allclose(exact_codes(sketch, hidden).var(0, correction=0), np.ones(6), atol=1e-3)
+    np.testing.assert_allclose((codes.float() - 128) * sketch.scales, exact_codes(sketch, hidden), atol=0.501)
     wild = sketch.encode(torch.from_numpy(1e6 * hidden))
-    assert wild.min() >= -127 and wild.max() <= 127
+    assert wild.min() == 1 and wild.max() == 255
 
 
 def test_a_rank_beyond_the_variance_adds_nothing() -> None:
@@ -81,7 +88,7 @@ def test_a_rank_beyond_the_variance_adds_nothing() -> None:
     weight = torch.randn((40, 8), generator=torch.Generator().manual_seed(0))
     sketch = calibrate(moments_of(hidden), weight, None, 8)
     assert all(torch.isfinite(value).all() for value in sketch.__dict__.values() if isinstance(value, torch.Tensor))
-    assert (sketch.basis[:, 2:] == 0).all() and (sketch.encode(torch.from_numpy(hidden))[:, 2:] == 0).all()
+    assert (sketch.basis[:, 2:] == 0).all() and (sketch.encode(torch.from_numpy(hidden))[:, 2:] == 128).all()
     np.testing.assert_allclose(sketch.explained[1:], np.ones(7), atol=1e-6)
     flat = calibrate(moments_of(np.ones((5, 8), np.float32)), weight, None, 2)
     torch.testing.assert_close(flat.logits(flat.encode(torch.ones(3, 8))), (weight.sum(1)).expand(3, 40))
@@ -110,8 +117,7 @@ def test_scale_and_cap_come_after_the_sketch(scale: float, cap: float | None) ->
     logits = scale * (torch.from_numpy(hidden) @ weight.T + bias)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    codes = (torch.from_numpy(hidden) - sketch.mean) @ sketch.encoder.T / sketch.scales
-    found = sketch.logits(codes)
+    found = sketch.decode(exact_codes(sketch, hidden))
     if cap is None:
         found, logits = found - found.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
     torch.testing.assert_close(found, logits, atol=2e-2, rtol=1e-3)

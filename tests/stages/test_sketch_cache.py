@@ -18,7 +18,7 @@ from stages.caching import CacheOptions, prepare, run
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective
-from stages.shard_dataset import Collator, ShardDataset, teacher_rows
+from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.sketch_calibration import from_file
 from stages.student import StudentOptions, extra_columns, make_tail, make_trainer
 from stages.student import prepare as prepare_student
@@ -68,7 +68,7 @@ def test_rows_against_the_whole_teacher(cache: Cache, model: Any) -> None:
             ids, mask = rows["input_ids"][row], rows["loss_mask"][row]
             assert mask.all()
             hidden = states(model, ids)
-            codes = rows["sketch_codes"][row].reshape(-1, RANK).astype(np.float64)
+            codes = rows["sketch_codes"][row].reshape(-1, RANK).astype(np.float64) - 128
             exact = (hidden - sketch["mean"]) @ sketch["encoder"].T / sketch["scales"]
             assert np.abs(exact - codes).max() < 0.5 + 1e-3
             same += int((np.rint(exact) == codes).sum())
@@ -82,8 +82,9 @@ def test_rows_against_the_whole_teacher(cache: Cache, model: Any) -> None:
             found = rows["residual_mass"][row].astype(np.float64)
             np.testing.assert_allclose(found, np.abs(residual).sum(1), rtol=2e-3)
             signed = rows["residual_samples"][row].reshape(-1, SAMPLES).astype(np.int64)
-            drawn = np.take_along_axis(residual, np.where(signed < 0, -1 - signed, signed), 1)
-            assert (np.sign(drawn) == np.where(signed < 0, -1, 1))[np.abs(drawn) > 1e-6].all()
+            drawn = np.take_along_axis(residual, signed, 1)
+            signs = np.where(np.arange(SAMPLES) < (SAMPLES + 1) // 2, 1, -1)
+            assert (np.sign(drawn) == signs)[np.abs(drawn) > 1e-6].all()
             tail_mass = np.exp(rows["tail_logmass"][row].astype(np.float64))
             gap = np.log(np.where(tail, p, 1.0)) - np.log(np.where(tail, w, 1.0))
             kl += float((tail_mass * (p * gap).sum(1)).sum())
@@ -313,23 +314,22 @@ def test_a_batch_of_shards_against_float64(cache: Cache) -> None:
             logp = dict(zip(top.tolist(), stored["top_logprobs"][row].reshape(-1, 8)[position], strict=True))
             logp[int(ids[position + 1])] = stored["gold_logprob"][row][position]
             kept = np.array(list(logp))
-            # The shares of samples need not sum to 1, which leaves open by what the student's logits are shifted.
-            z -= np.log(np.exp(np.delete(z, kept)).sum())
             log_q = z - np.log(np.exp(z).sum())
             codes = stored["sketch_codes"][row].reshape(-1, RANK)[position]
-            x = sketch["bias"] + sketch["basis"] @ (codes * sketch["scales"])
+            x = sketch["bias"] + sketch["basis"] @ ((codes.astype(float) - 128) * sketch["scales"])
             x[kept] = -np.inf
             shares = softmax(x[None])[0]
-            signed = stored["residual_samples"][row].reshape(-1, SAMPLES)[position].astype(np.int64)
-            share = float(stored["residual_mass"][row][position]) / SAMPLES
-            np.add.at(shares, np.where(signed < 0, -1 - signed, signed), np.where(signed < 0, -share, share))
+            drawn = stored["residual_samples"][row].reshape(-1, SAMPLES)[position].astype(np.int64)
+            more, half = (SAMPLES + 1) // 2, float(stored["residual_mass"][row][position]) / 2
+            np.add.at(shares, drawn[:more], half / more)
+            np.add.at(shares, drawn[more:], -half / (SAMPLES - more))
             in_tail = z @ shares - np.log(np.exp(z).sum())
             cross = np.exp(np.array(list(logp.values()), np.float64)) @ log_q[kept]
             cross += np.exp(float(stored["tail_logmass"][row][position])) * in_tail
             wanted.append(-float(stored["entropy"][row][position]) - cross)
     for packed in (False, True):
         batch = Collator(objective, VOCABULARY, packed=packed).batch([dataset[row] for row in chosen])
-        rows, tail = teacher_rows(batch), make_tail(objective, [cache])
+        rows, tail = teacher_rows(as_tensors(batch)), make_tail(objective, [cache])
         terms = student_terms(torch.from_numpy(logits), rows, tail)
         # The entropy and the entries are of 16 bits.
         np.testing.assert_allclose(divergences(terms, teacher_terms(rows, "sketch")).whole, wanted, atol=1e-2)

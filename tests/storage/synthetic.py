@@ -101,17 +101,22 @@ def make_rows(manifest: Manifest, index: int, *, seed: int = 0, masked: bool = T
 def made_up_residuals(
     random: np.random.Generator, tail: np.ndarray, kept: np.ndarray, sketch: SketchIdentity
 ) -> dict[str, np.ndarray]:
-    """Codes of nothing, and the signed residuals of some tail w against `tail` (float64 `[P, V]`, 0 where kept)."""
+    """Codes of nothing, and the residuals of some tail w against `tail` (float64 `[P, V]`, 0 where kept)."""
     samples: list[int] = []
     mass: list[float] = []
     for p, inside in zip(tail, kept, strict=True):
         w = np.where(inside, 0.0, random.random(len(p)))
         gap = p / max(p.sum(), 1e-30) - w / max(w.sum(), 1e-30)
         mass.append(np.abs(gap).sum())
-        drawn = random.choice(len(p), sketch.residual_samples, p=np.abs(gap) / mass[-1]) if mass[-1] else [0]
-        samples += [int(j) if gap[j] >= 0 else -int(j) - 1 for j in np.resize(drawn, sketch.residual_samples)]
+        if mass[-1]:
+            above, below = np.maximum(gap, 0), np.maximum(-gap, 0)
+            more = (sketch.residual_samples + 1) // 2
+            samples += random.choice(len(p), more, p=above / above.sum()).tolist()
+            samples += random.choice(len(p), sketch.residual_samples - more, p=below / below.sum()).tolist()
+        else:
+            samples += [0] * sketch.residual_samples
     return {
-        "sketch_codes": random.integers(-127, 128, len(tail) * sketch.rank),
+        "sketch_codes": random.integers(1, 256, len(tail) * sketch.rank),
         "residual_samples": np.array(samples, np.int64),
         "residual_mass": np.array(mass, np.float64),
     }

@@ -16,6 +16,7 @@ from storage.bundle import bundle, checksum_path, unbundle
 from storage.cache import Cache
 from storage.errors import CacheError, UserError
 from storage.integrity import problems
+from storage.transfer import copy_cache
 from tests.storage.s3 import files
 from tests.storage.synthetic import make_manifest, make_rows, write_cache
 
@@ -114,6 +115,50 @@ def test_members_that_leave_the_target(tmp_path: Path, packed: Path, evil: tarfi
     with pytest.raises(CacheError, match="nothing was unpacked"):
         unbundle(packed, tmp_path / "in" / "back")
     assert not any(path.name in ("evil", "back") for path in tmp_path.rglob("*"))
+
+
+def rebundled(packed: Path, *members: tuple[tarfile.TarInfo, bytes]) -> None:
+    """The bundle with further members, and no checksum beside it."""
+    checksum_path(packed).unlink()
+    with zstandard.open(packed, "rb") as raw:
+        plain = io.BytesIO(raw.read())
+    with tarfile.open(fileobj=plain, mode="a", format=tarfile.PAX_FORMAT) as tar:
+        for info, data in members:
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    packed.write_bytes(zstandard.compress(plain.getvalue()))
+
+
+def test_members_that_are_no_files_of_a_cache(packed: Path, tmp_path: Path) -> None:
+    rebundled(packed, (member("shards/run.py"), b"print()"))
+    with pytest.raises(CacheError, match=r"'shards/run\.py' is no file of a cache"):
+        unbundle(packed, tmp_path / "back")
+
+
+def test_a_bundle_that_unpacks_to_far_more_than_its_size(packed: Path, tmp_path: Path) -> None:
+    rebundled(packed, (member("tokenizer/zeros"), bytes(80 << 20)))
+    assert packed.stat().st_size < 1 << 20
+    with pytest.raises(CacheError, match="unpacks to more than 64 times its size"):
+        unbundle(packed, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+def test_headers_and_holes_that_would_fill_the_memory(packed: Path, tmp_path: Path, kind: bytes) -> None:
+    rebundled(packed, (member("tokenizer/a", kind), bytes(1 << 20)))
+    with pytest.raises(CacheError, match=r"cache\.tar\.zst: "):
+        unbundle(packed, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_links_do_not_go_into_a_bundle(cache: Cache, tmp_path: Path) -> None:
+    """One in the tokenizer would take any file of this machine along."""
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "cache" / "tokenizer" / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CacheError, match=r"merges\.txt: is a link"):
+        bundle(cache, tmp_path / "cache.tar.zst")
+    with pytest.raises(CacheError, match=r"merges\.txt: is a link"):
+        copy_cache(cache, tmp_path / "there")
 
 
 def test_a_file_twice_in_a_bundle(tmp_path: Path, packed: Path) -> None:

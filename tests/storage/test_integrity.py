@@ -41,9 +41,19 @@ def unreadable(*_: object) -> None:
     raise OSError(5, "Input/output error")
 
 
-def edit_receipt(cache: Cache, index: int, **changes: object) -> None:
-    path = cache.receipt_path(index)
+def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_receipt(cache: Cache, index: int, **changes: object) -> None:
+    edit(cache.receipt_path(index), **changes)
+
+
+def replace_prior(cache: Cache, values: np.ndarray, positions: int) -> None:
+    """Another tail prior, and a receipt whose checksum is right."""
+    table = pa.table({"tail_prior": values}).replace_schema_metadata({"stored_positions": str(positions)})
+    written = write_table(cache.path / "tail_prior.parquet", table, ["tail_prior"])
+    edit(cache.path / "tail_prior.json", sha256=written.sha256)
 
 
 def rewrite(cache: Cache, index: int, **columns: np.ndarray) -> None:
@@ -106,7 +116,13 @@ def fold(path: Path) -> None:
         (lambda c: shutil.copy(c.shard_path(0), c.shard_path(7)), ["part-00007.parquet: not in the plan"]),
         (lambda c: (c.path / "README.md").unlink(), ["cache: not sealed"]),
         (lambda c: (c.path / "tail_prior.parquet").unlink(), ["tail_prior.parquet: missing"]),
-        (lambda c: (c.path / "tail_prior.parquet").write_bytes(b"PAR1"), ["tail_prior.parquet: unreadable"]),
+        (lambda c: (c.path / "tail_prior.parquet").write_bytes(b"PAR1"), ["tail_prior.parquet: its bytes have"]),
+        (
+            lambda c: (c.path / "tail_prior.json").unlink(),
+            ["tail_prior.json: the receipt of the tail prior is"],
+        ),
+        (lambda c: edit(c.path / "tail_prior.json", sha256="0" * 64), ["tail_prior.parquet: its bytes have"]),
+        (lambda c: edit(c.path / "tail_prior.json", cache_id="f" * 16), ["tail_prior.json: belongs to cache ffff"]),
         (lambda c: flip(c.path / "tail_prior.parquet"), ["tail_prior.parquet: "]),
     ],
 )
@@ -150,15 +166,23 @@ def test_wrong_values_behind_right_checksums(cache: Cache) -> None:
 
 
 def test_a_tail_prior_of_another_cache(cache: Cache) -> None:
-    flat = pa.table({"tail_prior": np.full(40, 1 / 40, np.float32)})
-    write_table(cache.path / "tail_prior.parquet", flat, ["tail_prior"])
+    stored = sum(receipt.stored_positions for receipt in cache.receipts())
+    replace_prior(cache, np.full(40, 1 / 40, np.float32), stored)
     assert ["does not sum to the mean tail mass" in problem for problem in problems(cache)] == [True]
     for wrong in (np.full(39, 0.01, np.float32), np.full(40, 0.01), np.full(40, np.nan, np.float32)):
-        write_table(cache.path / "tail_prior.parquet", pa.table({"tail_prior": wrong}), ["tail_prior"])
+        replace_prior(cache, wrong, stored)
         [problem] = problems(cache)
         assert "tail_prior.parquet: not 40 non-negative float32" in problem
         with pytest.raises(CacheError, match="tail_prior"):
             cache.tail_prior()
+
+
+def test_a_tail_prior_about_other_positions(cache: Cache) -> None:
+    prior = cache.tail_prior()
+    assert prior is not None
+    replace_prior(cache, prior, 9)
+    [problem] = problems(cache)
+    assert "tail_prior.parquet: says it is about 9 positions, the shards have " in problem
 
 
 def test_a_manifest_that_was_edited_belongs_to_no_shard(cache: Cache) -> None:
@@ -167,8 +191,9 @@ def test_a_manifest_that_was_edited_belongs_to_no_shard(cache: Cache) -> None:
     plain["teacher"]["name"] = "somebody else"
     path.write_text(json.dumps(plain))
     found = list(problems(Cache.open(cache.path)))
-    assert len(found) == SHARDS
-    assert all("this receipt belongs to shard" in problem for problem in found)
+    assert len(found) == SHARDS + 1
+    assert all("this receipt belongs to shard" in problem for problem in found[:-1])
+    assert "tail_prior.json: belongs to cache" in found[-1]
 
 
 def test_a_cache_without_tail_prior_is_sound(tmp_path: Path) -> None:

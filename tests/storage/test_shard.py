@@ -301,7 +301,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def rewritten(change: Callable[[pa.Table], pa.Table], path: Path) -> Path:
     """A shard of MANIFEST, whole as Parquet, after `change`."""
     write_shard(path, ROWS, MANIFEST, 0)
-    pq.write_table(change(pq.read_table(path)), path)
+    pq.write_table(change(pq.read_table(path)), path, use_dictionary=False)
     return path
 
 
@@ -348,7 +348,7 @@ def test_a_shard_of_another_place_or_cache(sound: Cache, tmp_path: Path) -> None
         read_shard(sound.shard_path(0), make_manifest(tail_samples=1, seed=5), 0)
     newer = dict(shard_metadata(sound.manifest, 0)) | {schema.META_FORMAT: b"2"}
     table = pq.read_table(sound.shard_path(0)).replace_schema_metadata(newer)
-    pq.write_table(table, tmp_path / "part.parquet")
+    pq.write_table(table, tmp_path / "part.parquet", use_dictionary=False)
     with pytest.raises(CacheError, match="format_version is 2, not 1"):
         read_shard(tmp_path / "part.parquet", sound.manifest, 0)
 
