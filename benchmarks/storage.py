@@ -38,7 +38,7 @@ from stages.causal_lm import BodyAndHead
 from stages.corpus import Sequence
 from stages.divergence import TeacherRows
 from stages.objective import Objective
-from stages.shard_dataset import COLUMNS, Collator, DecodedShard, StoredSequence, teacher_rows
+from stages.shard_dataset import COLUMNS, Collator, DecodedShard, StoredSequence, as_tensors, teacher_rows
 from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
 from stages.tail import Tail, log_prior
 from stages.teacher import ScoredSequence
@@ -203,7 +203,7 @@ def worth(arguments: argparse.Namespace) -> None:
         found["tail"] = float(np.exp(back["tail_logmass"].values.astype(np.float64)).mean())
         tail = Tail("sampled") if kept.samples else Tail("prior", log_prior=log_prior(prior.float()))
         batch = Collator(Objective("kl"), bench.vocabulary).batch(stored_sequences(back)[: arguments.batch])
-        grads, value = gradient(model, CacheLoss(bench, teacher_rows(batch), tail), student, ids, 0)
+        grads, value = gradient(model, CacheLoss(bench, teacher_rows(as_tensors(batch)), tail), student, ids, 0)
         angles = {part: angle(grads[part].double(), whole[part].double()) for part in ("all", "body")}
         found |= {"kl_error": value - kl, "angle": angles["all"], "body": angles["body"], "kl": kl}
         record(arguments.work, name, "worth", found)

@@ -40,10 +40,10 @@ def decode(codes: np.ndarray, step: float = LOGPROB_STEP) -> np.ndarray:
 def rounding(logprobs: np.ndarray, bits: int) -> np.ndarray:
     """float64: by how much a log-probability that reads as `logprobs` may differ from what was stored in `bits`.
 
-    Infinite at the last code, which stands for all below it.
+    Infinite at the last code, which stands for all below it. 8 bits may have been made from 16.
     """
     size = np.abs(logprobs.astype(np.float64))
     if bits != 8:
         return _FLOAT_ERROR[bits] * size
-    error = LOGPROB_STEP * np.sqrt(size) + LOGPROB_STEP**2 / 4
+    error = LOGPROB_STEP * np.sqrt(size) + LOGPROB_STEP**2 / 4 + _FLOAT_ERROR[16] * size
     return np.where(size >= (LOGPROB_STEP * _LAST) ** 2 * (1 - 1e-6), np.inf, error)

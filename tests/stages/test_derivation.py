@@ -221,3 +221,20 @@ def test_the_source_itself_is_never_written(wide: Cache, pipeline: Any) -> None:
     before = digests(wide)
     ended = pipeline("select", wide.path, "-o", wide.path, "--top-n", 3)
     assert ended.code == 2 and digests(wide) == before
+
+
+def test_a_sketch_goes_with_its_entries_or_is_left_out(
+    make_cache: Callable[..., Any], tmp_path: Path, pipeline: Any, refused: Callable[..., str]
+) -> None:
+    """Rows and bits leave it as it is; fewer entries would make its residuals those of another tail."""
+    cache = make_cache(tmp_path / "cache", sketch_rank=4, residual_samples=3, limit=12, shard_tokens=400)
+    ended = pipeline("select", cache.path, "-o", tmp_path / "some", "--sequences", "2:9", "--logprob-bits", 8)
+    assert ended.code == 0, ended.err
+    some = Cache.open(tmp_path / "some")
+    assert pipeline("verify", some.path).code == 0 and some.sketch_bytes() == cache.sketch_bytes()
+    for row in range(7):
+        assert np.array_equal(all_rows(some)["sketch_codes"][row], all_rows(cache)["sketch_codes"][row + 2])
+    assert "--drop sketch_codes" in refused("select", cache.path, "--top-n", 3)
+    ended = pipeline("select", cache.path, "-o", tmp_path / "few", "--top-n", 3, "--drop", "sketch_codes")
+    assert ended.code == 0, ended.err
+    assert pipeline("verify", tmp_path / "few").code == 0 and not (tmp_path / "few" / "sketch.safetensors").exists()
