@@ -129,7 +129,7 @@ def test_version_where_nothing_is_installed(
     ("arguments", "expected"),
     [
         (["verfy"], "error: no such command 'verfy'; did you mean 'verify'? (see 'pipeline --help')\n"),
-        (["zzz"], "there are cache-teacher, train-student, generate, inspect, verify"),
+        (["zzz"], "there are cache-teacher, plan, train-student, generate, inspect, verify"),
         (["--nonsense"], "No such option '--nonsense'"),
     ],
 )
