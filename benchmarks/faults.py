@@ -58,7 +58,8 @@ class Line:
     failures: list[str] = field(default_factory=list)
 
 
-def main() -> int:
+def options(words: list[str] | None = None) -> argparse.Namespace:
+    """The command's, from `words` or the process's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kills", type=int, default=200)
@@ -71,7 +72,11 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=8, help="of the corpus")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that try damages")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    arguments = options()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         lines = run(Path(folder), arguments)
     print(table(lines))
