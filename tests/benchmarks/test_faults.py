@@ -8,16 +8,15 @@ import pytest
 
 from benchmarks import faults
 
-FEW = "--kills 6 --seals 4 --writers 2 --full 24 --read-only 2 --flips 499 --cuts 1600 --documents 4 --processes 2"
+FEW = "--kills 5 --seals 3 --writers 2 --full 40 --read-only 1 --flips 1999 --cuts 8000 --others 9 --documents 4"
 
 
 def test_a_few_of_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = faults.run(tmp_path, faults.options(FEW.split()))
     assert [line.failures for line in lines if line.failures] == []
     tried = {line.fault: line.tried for line in lines}
-    assert tried["SIGKILL while caching"] == 6 and tried["SIGKILL while sealing"] == 4
-    assert tried["one byte: `shards`"] > 20 and tried["edited: `manifest.json`"] > 300
-    assert sum(tried.values()) > 500
+    assert tried["SIGKILL while caching"] == 5 and tried["SIGKILL while sealing"] == 3
+    assert tried["one byte: `shards`"] >= 6 and tried["edited: `manifest.json`"] > 30
 
 
 def test_what_is_wrong_is_counted(tmp_path: Path) -> None:

