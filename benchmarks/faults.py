@@ -58,7 +58,8 @@ class Line:
     failures: list[str] = field(default_factory=list)
 
 
-def main() -> int:
+def options(words: list[str] | None = None) -> argparse.Namespace:
+    """The command's, from `words` or the process's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kills", type=int, default=200)
@@ -68,10 +69,15 @@ def main() -> int:
     parser.add_argument("--read-only", type=int, default=20, help="moments")
     parser.add_argument("--flips", type=int, default=1, help="try every such byte; of the tokenizer every 16th of them")
     parser.add_argument("--cuts", type=int, default=16, help="try every such length of files above 4 KiB")
+    parser.add_argument("--others", type=int, default=1, help="try every such misplacing and edit")
     parser.add_argument("--documents", type=int, default=8, help="of the corpus")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that try damages")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    arguments = options()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         lines = run(Path(folder), arguments)
     print(table(lines))
@@ -365,7 +371,7 @@ def writers(site: Site, arguments: argparse.Namespace, dice: random.Random) -> l
         both = [site.start(folder), site.start(folder)]
         if pair % 2:
             both[0].reached()
-            time.sleep(dice.uniform(0, 2 * site.seconds))
+            time.sleep(dice.uniform(0, site.seconds))
             both[0].kill()
         codes = [running.wait() for running in both]
         killed += codes[0].code == -signal.SIGKILL
@@ -545,13 +551,15 @@ def cuts(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list
 
 def misplaced(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list[Line]:
     files, other = damage.files_of(site.whole), damage.files_of(site.other)
-    return _damaged(arguments, "misplaced", site.whole, list(damage.misplaced(files, other, site.shards)))
+    return _damaged(
+        arguments, "misplaced", site.whole, list(damage.misplaced(files, other, site.shards))[:: arguments.others]
+    )
 
 
 def edits(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list[Line]:
     files = damage.files_of(site.small)
     names = [name for name in files if name.endswith(".json") and not name.startswith("tokenizer/")]
-    return _damaged(arguments, "edited", site.small, list(damage.edits(files, names)))
+    return _damaged(arguments, "edited", site.small, list(damage.edits(files, names))[:: arguments.others])
 
 
 _PARTS: dict[str, Callable[[Site, argparse.Namespace, random.Random], list[Line]]] = {

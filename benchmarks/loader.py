@@ -1,8 +1,10 @@
 """What feeding a student costs: `python -m benchmarks.loader`.
 
-A cache of made-up distributions (lengths as in chats: log-normal) is read in four ways, each in one process:
+A cache of made-up distributions (lengths as in chats: log-normal) is read in six ways, each in one process:
 
     arrow     the columns that training reads, as Arrow tables, and nothing more
+    sha256    every file compared with its receipt (`--checksums start` does it once, before the training)
+    no CRC    as `arrays`, without the checksums of the pages (`--checksums off`)
     arrays    the same as numpy arrays, structure checked
     decoded   also every value checked, as when a shard is first met
     batches   collated batches of one padded epoch, after the first epoch has checked the values
@@ -138,6 +140,16 @@ def readers(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[],
             pq.read_table(cache.shard_path(index), columns=list(COLUMNS), use_threads=False)
         return tokens
 
+    def sha256() -> int:
+        for index in shards:
+            cache.check_file(index)
+        return tokens
+
+    def unchecked_pages() -> int:
+        for index in shards:
+            cache.read_shard(index, COLUMNS, page_checksums=False)
+        return tokens
+
     def arrays() -> int:
         for index in shards:
             cache.read_shard(index, COLUMNS)
@@ -156,7 +168,14 @@ def readers(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[],
         return tokens
 
     collated()
-    return {"arrow": arrow, "arrays": arrays, "decoded": decoded, "batches": collated}
+    return {
+        "arrow": arrow,
+        "sha256": sha256,
+        "no CRC": unchecked_pages,
+        "arrays": arrays,
+        "decoded": decoded,
+        "batches": collated,
+    }
 
 
 def batch_size(arguments: argparse.Namespace) -> int:

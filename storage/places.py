@@ -103,11 +103,16 @@ class RemotePath:
         return self._tried(read)
 
     def upload(self, local: Path, *, exclusive: bool = False) -> None:
-        """Put a local file here, replacing what is. `exclusive`: raises FileExistsError where something is."""
+        """Put a local file here, replacing what is. `exclusive`: raises FileExistsError where something is.
+
+        S3 and GCS decide that themselves (a conditional write); elsewhere two at the same moment both succeed.
+        """
         size = local.stat().st_size
+        scheme = self.url.partition("://")[0]
+        condition = {"mode": "create"} if exclusive and scheme in EXTRAS else {}
 
         def put(system: AbstractFileSystem, path: str) -> None:
-            system.put_file(str(local), path)
+            system.put_file(str(local), path, **condition)
             system.invalidate_cache()
             if (found := system.info(path)["size"]) != size:
                 raise ConnectionError(f"{found} of {size} bytes arrived")
@@ -139,7 +144,7 @@ class RemotePath:
         for attempt in range(TRIES):
             try:
                 return operation(system, path)
-            except (UserError, FileNotFoundError):
+            except (UserError, FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # every file system has exceptions of its own
                 final = isinstance(error, _FINAL) or "Credentials" in type(error).__name__

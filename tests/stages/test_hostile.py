@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,17 +24,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stages.identity import tokenizer_identity
 from stages.objective import Objective
+from stages.pretrained import load_tokenizer
 from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
 from stages.student import make_tail, open_caches
 from stages.summary import summarize
-from storage.bundle import bundle
+from storage.bundle import bundle, unbundle
 from storage.cache import Cache
 from storage.errors import UserError
 from storage.integrity import problems
+from tests.conftest import Tiny
 from tests.storage.synthetic import make_manifest, write_cache
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
@@ -267,3 +272,94 @@ def test_a_tail_prior_of_far_more_ids(sound: Path) -> None:
         said = use(cache)
         assert pool.max_memory() < MOST_BYTES
     assert any("tail_prior.parquet: not 40 non-negative" in sentence for sentence in said)
+
+
+# ---- bundles ----------------------------------------------------------------------------------------------
+
+
+@given(st.booleans(), CHANGES)
+@HOSTILE
+def test_any_bundle(sound: Path, plain: bool, changes: list[Any]) -> None:
+    """Without its checksum; changed in the tar that is in it, or in what is carried."""
+    raw = sound.with_name("cache.tar.zst").read_bytes()
+    if plain:
+        raw = zstandard.compress(changed(zstandard.ZstdDecompressor().stream_reader(raw).read(), changes))
+    else:
+        raw = changed(raw, changes)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a.tar.zst").write_bytes(raw)
+        try:
+            cache = unbundle(Path(folder) / "a.tar.zst", Path(folder) / "back")
+        except UserError:
+            assert [path.name for path in Path(folder).iterdir()] == ["a.tar.zst"]
+        else:
+            assert cache.path == Path(folder) / "back"
+            assert sorted(path.name for path in Path(folder).iterdir()) == ["a.tar.zst", "back"]
+            use(Path(folder) / "back")
+
+
+# ---- nothing is executed ----------------------------------------------------------------------------------
+
+WATCH = """
+import sys, warnings
+from pathlib import Path
+
+seen = []
+HARM = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect")
+
+def watch(event, arguments):
+    if event.startswith(HARM) and armed:
+        seen.append((event, str(arguments)[:100]))
+
+armed = False
+sys.addaudithook(watch)
+import jinja2
+import transformers.models.auto.tokenization_auto
+from pipeline.cli import run
+from stages.student import StudentOptions, prepare
+from storage.errors import UserError
+
+# Jinja compiles a template before it renders it.
+def compiled(*given, **named):
+    seen.append("a template is compiled")
+    raise RuntimeError("a template is compiled")
+
+jinja2.Environment.compile = compiled
+path, student, output = sys.argv[1:]
+armed = True
+for words in (["verify", path], ["inspect", path], ["inspect", path, "--sequence", "0"]):
+    run(words)
+try:
+    prepare(StudentOptions(student, path, output))
+except UserError as error:
+    print(error)
+armed = False
+assert not seen, seen
+assert not Path(path, "ran").exists()
+"""
+
+
+def test_nothing_in_a_cache_is_executed(cache_path: Path, tiny: Tiny, tmp_path: Path) -> None:
+    """A chat template that calls, code that `auto_map` names, a pickle: nothing runs, no template is rendered."""
+    cache = tmp_path / "cache"
+    shutil.copytree(cache_path, cache)
+    mark = cache / "ran"
+    evil = f"import pathlib; pathlib.Path({str(mark)!r}).touch()"
+    tokenizer = cache / "tokenizer"
+    for name in ("evil.py", "tokenization_evil.py", "__init__.py", "conftest.py"):
+        (tokenizer / name).write_text(evil)
+    (tokenizer / "vocab.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.")
+    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "chat_template": template}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    # By the hand that made the cache: the manifest names the template.
+    found = tokenizer_identity(load_tokenizer(str(tokenizer)))
+    assert found.chat_template_sha256 == hashlib.sha256(json.dumps(template).encode()).hexdigest()
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["tokenizer"] = found.model_dump()
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    words = [sys.executable, "-c", WATCH, str(cache), str(tiny.student), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not mark.exists()

@@ -15,6 +15,7 @@ from storage import copies
 from storage.cache import Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.integrity import problems
+from storage.manifest import read_manifest, write_model
 from storage.places import TRIES, RemotePath, place
 from storage.transfer import copy_cache
 from tests.storage.s3 import Fault, Proxy, files
@@ -315,6 +316,18 @@ def test_a_part_grows_into_the_whole(local: Cache, remote: Cache, tmp_path: Path
     (back / "partial.json").write_text("[]")
     with pytest.raises(CacheError, match=r"partial\.json: the list of shards is not"):
         Cache.open(back).receipts()
+
+
+def test_of_two_claims_at_the_same_moment_one_wins(
+    s3: Proxy, local: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has looked before, and seen nothing."""
+    ours, theirs = local.manifest, make_manifest(vocabulary=41, top_n=16)
+    Cache.create_or_resume("s3://bucket/claimed", ours)
+    monkeypatch.setattr(RemotePath, "exists", lambda path: False)
+    with pytest.raises(FileExistsError):
+        write_model(RemotePath("s3://bucket/claimed/manifest.json"), theirs, exclusive=True)
+    assert read_manifest(RemotePath("s3://bucket/claimed/manifest.json")) == ours
 
 
 # ---- places that are none ---------------------------------------------------------------------------------
