@@ -123,8 +123,9 @@ def test_the_command_takes_every_option_of_cache_teacher(
 ) -> None:
     ours = {param.name: param for param in plan_command.command.params}
     for param in cache_teacher.command.params:
-        assert param.name in ours
-        assert ours[param.name] is param or param.name in ("output", "debug")
+        # The command line gives each command a --debug of its own when it is first called.
+        if param.name != "debug":
+            assert ours[param.name] is param or param.name == "output"
     (tmp_path / "run.yaml").write_text(f"teacher: {tiny.teacher}\ndataset: {tiny.corpus}\noutput: {tmp_path / 'c'}\n")
     base = ["plan", "--config", tmp_path / "run.yaml", "--engine", "transformers", "--processes", 1]
     done = pipeline(*base)
