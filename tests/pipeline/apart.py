@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from storage.manifest import Manifest
-from tests.storage.synthetic import make_manifest, write_cache
+from tests.storage.synthetic import make_manifest, make_sketch, sketch_options, write_cache
+
+# Of the made-up cache.
+SKETCH = make_sketch()
 
 # What a command imports, done once. None of it may start a thread or compute anything, since all else is forked off.
 _PRELOAD = [
@@ -78,7 +81,7 @@ def command(words: list[str], limit: int = 0) -> int:
 
 
 def made_up_manifest() -> Manifest:
-    return make_manifest(shard_tokens=14)  # two shards
+    return make_manifest(shard_tokens=14, sketch=sketch_options(SKETCH))  # two shards
 
 
 def command_killed_in(words: list[str], function: str, times: int, needle: str = "") -> int:
@@ -136,5 +139,5 @@ def write_made_up_cache(path: str, last_step: int) -> int:
     files.HashingFile.write = halves  # type: ignore[method-assign]
     for name in ("fsync", "replace", "link", "unlink", "mkdir", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
-    write_cache(Path(path), made_up_manifest())
+    write_cache(Path(path), made_up_manifest(), sketch=SKETCH)
     return 0

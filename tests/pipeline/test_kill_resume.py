@@ -63,7 +63,7 @@ def assert_nothing_half_done(folder: Path) -> int:
 
 
 def test_killed_before_every_step_of_writing_a_cache(tmp_path: Path) -> None:
-    write_cache(tmp_path / "undisturbed", MANIFEST)
+    write_cache(tmp_path / "undisturbed", MANIFEST, sketch=apart.SKETCH)
     survived: list[int] = []
     for step in range(1, 500):
         path = tmp_path / f"killed-{step}"
@@ -73,7 +73,7 @@ def test_killed_before_every_step_of_writing_a_cache(tmp_path: Path) -> None:
             break
         assert child.exitcode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
         survived.append(assert_nothing_half_done(path))
-        write_cache(path, MANIFEST)
+        write_cache(path, MANIFEST, sketch=apart.SKETCH)
         assert_same(path, tmp_path / "undisturbed")
         shutil.rmtree(path)
     print(f"{len(survived)} steps, finished shards after each: {survived}")
@@ -83,7 +83,7 @@ def test_killed_before_every_step_of_writing_a_cache(tmp_path: Path) -> None:
 
 def test_killed_again_and_again_in_the_same_directory(tmp_path: Path) -> None:
     """What each attempt finds is what the killed ones before it left."""
-    write_cache(tmp_path / "undisturbed", MANIFEST)
+    write_cache(tmp_path / "undisturbed", MANIFEST, sketch=apart.SKETCH)
     path, kills, dice = tmp_path / "cache", 0, random.Random(0)
     while True:
         child = apart.start(apart.write_made_up_cache, str(path), dice.randint(1, 80), errors=str(tmp_path / "stderr"))
