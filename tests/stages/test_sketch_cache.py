@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.damage import contents
 from stages import caching
 from stages.caching import CacheOptions, prepare, run
 from stages.divergence import divergences, student_terms, teacher_terms
@@ -26,7 +27,6 @@ from storage.cache import Cache
 from storage.errors import CacheError, UserError
 from storage.integrity import problems
 from tests.conftest import VOCABULARY, Finished, Tiny
-from tests.pipeline.apart import contents
 from tests.pipeline.test_bad_input import one_sentence
 
 RANK, SAMPLES, POSITIONS = 6, 5, 900
