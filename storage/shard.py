@@ -144,11 +144,13 @@ def read_shard(
 def most_values(manifest: Manifest, index: int) -> dict[str, int]:
     """How many values each column of a shard may hold at most, an empty list counted as one, by the plan alone."""
     planned, scoring = manifest.shards[index], manifest.scoring
-    each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n, "P*M": scoring.tail_samples}
-    return {
-        column.name: min(MOST_VALUES, planned.sequences + planned.tokens * each[column.per])
-        for column in scoring.columns
-    }
+    each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n}
+    stored = scoring.per_stored_position
+    found = {}
+    for column in scoring.columns:
+        values = stored[column.name] if column.name in stored else each[column.per]
+        found[column.name] = min(MOST_VALUES, planned.sequences + planned.tokens * values)
+    return found
 
 
 def read_checked(
