@@ -270,7 +270,7 @@ def show(arguments: argparse.Namespace) -> None:
         a, b = found["worth"], found.get("speed")
         cells = [f"`{name}`", f"{a['entries']:.1f}", f"{a['tail']:.3f}", f"{a['bytes']:.1f}", f"{a['wide']:.1f}"]
         cells += [f"{a['plain']:.0f} / {a['wide_plain']:.0f}", f"{6 * a['entries']:.0f}", f"{a['kl_error']:+.4f}"]
-        cells += [f"{a['angle']:.1f}°"]
+        cells += [f"{a['angle']:.2f}°"]
         cells += (
             [f"{b['write'] / 1e3:,.0f}k", f"{b['read'] / 1e3:,.0f}k", f"{b['of_arrow']:.2f}"] if b else ["", "", ""]
         )

@@ -145,15 +145,12 @@ def most_values(manifest: Manifest, index: int) -> dict[str, int]:
     """How many values each column of a shard may hold at most, an empty list counted as one, by the plan alone."""
     planned, scoring = manifest.shards[index], manifest.scoring
     each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n}
-    per_position = scoring.per_stored_position
-    return {
-        column.name: min(
-            MOST_VALUES,
-            planned.sequences
-            + planned.tokens * (per_position[column.name] if column.name in per_position else each[column.per]),
-        )
-        for column in scoring.columns
-    }
+    stored = scoring.per_stored_position
+    found = {}
+    for column in scoring.columns:
+        values = stored[column.name] if column.name in stored else each[column.per]
+        found[column.name] = min(MOST_VALUES, planned.sequences + planned.tokens * values)
+    return found
 
 
 def read_checked(
