@@ -65,9 +65,13 @@ def format_rate(per_second: float, unit: str = "tokens") -> str:
     return f"{number} {unit}/s"
 
 
-def parse_range(text: str | None, option: str) -> slice:
-    """`FIRST:STOP`, either of which may be left out; None is all. Raises UserError."""
-    found = re.fullmatch(r"(\d*):(\d*)", text or ":")
-    if not found:
-        raise UserError(f"{option} {text}: wants FIRST:STOP, as in 0:100")
-    return slice(int(found[1] or 0), int(found[2]) if found[2] else None)
+def parse_range(text: str | None, option: str, count: int, unit: str) -> range:
+    """The part of `range(count)` that `FIRST:STOP` names, either of which may be left out; None is all.
+
+    Raises UserError for anything else, and where it names nothing. unit: what is counted, for the sentence.
+    """
+    found = re.fullmatch(r"(\d*):(\d*)", ":" if text is None else text)
+    chosen = range(count)[int(found[1] or 0) : int(found[2]) if found[2] else None] if found else range(0)
+    if not chosen:
+        raise UserError(f"{option} {text}: wants FIRST:STOP, as in 0:100; this cache has {count} {unit}, from 0")
+    return chosen

@@ -61,14 +61,17 @@ def head_loss(
     a weight tied to the embedding is among them. temperature: the logits are divided by it. slice_bytes: memory of
     one slice of fp32 logits; the fewer rows a slice has, the more often the head's weights are read.
     """
+    # What a sketch gives back takes as much room as the logits.
+    slice_bytes //= 2 if tail.mode == "sketch" else 1
     size = max(16, slice_bytes // (4 * vocabulary_size))
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
         total = hidden.new_zeros((), dtype=torch.float32)
+        scratch = _Scratch()
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = _at_temperature(_at_least_float32(head(hidden[part])), temperature)
-            total = total + loss_of(_reduce(logits, rows[part], tail).terms, part)
+            total = total + loss_of(_reduce(logits, rows[part], tail, scratch).terms, part)
         return total
     return _HeadLoss.apply(hidden, head, rows, tail, temperature, loss_of, size, *trained)
 
@@ -91,6 +94,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden)
         gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
+        scratch = _Scratch()
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             states = hidden[part].detach()
@@ -98,12 +102,16 @@ class _HeadLoss(torch.autograd.Function):
                 # Nothing but `gradient` is needed to go back through it, so its output is ours to overwrite.
                 with torch.no_grad():
                     logits = head(states)
-                loss, gradient = _loss_and_gradient(logits, rows[part], tail, temperature, loss_of, part, own=True)
+                loss, gradient = _loss_and_gradient(
+                    logits, rows[part], tail, temperature, loss_of, part, scratch, own=True
+                )
                 hidden_gradient[part] = _through_linear(head, states, gradient.to(logits.dtype), parameters, gradients)
             else:
                 with torch.enable_grad():
                     logits = head(states.requires_grad_())
-                loss, gradient = _loss_and_gradient(logits.detach(), rows[part], tail, temperature, loss_of, part)
+                loss, gradient = _loss_and_gradient(
+                    logits.detach(), rows[part], tail, temperature, loss_of, part, scratch
+                )
                 found = torch.autograd.grad(logits, [states, *parameters], gradient.to(logits.dtype), allow_unused=True)
                 hidden_gradient[part] = found[0]
                 for gathered, new in zip(gradients, found[1:], strict=True):
@@ -145,6 +153,19 @@ def _through_linear(
     return gradient @ head.weight.to(gradient.dtype)
 
 
+class _Scratch:
+    """Memory for one more `[C, V]` beside the logits, the same for every slice: fresh pages are dear on a CPU."""
+
+    def __init__(self) -> None:
+        self._kept: torch.Tensor | None = None
+
+    def like(self, z: torch.Tensor) -> torch.Tensor:
+        """Shape, dtype and device of `z`; holds anything."""
+        if self._kept is None or len(self._kept) < len(z):
+            self._kept = torch.empty_like(z)
+        return self._kept[: len(z)]
+
+
 @dataclass
 class _Reduced:
     """A slice of logits reduced to its terms, and what turns their gradient into one on the logits."""
@@ -156,7 +177,7 @@ class _Reduced:
     samples: tuple[torch.Tensor, torch.Tensor] | None  # ids [C, M] and their shares of the tail, in `expected` too
 
 
-def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False) -> _Reduced:
+def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, scratch: _Scratch, *, own: bool = False) -> _Reduced:
     """Terms of logits `[C, V]`, without a graph."""
     gold, ids = rows.gold[:, None], kept_ids(rows)
     entries = z.gather(1, ids).masked_fill(ids == gold, float("-inf"))
@@ -170,7 +191,7 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, *, own: bool = False
     elif tail.mode == "sketch":
         samples = residual_weights(rows, tail, z.shape[1]) if tail.compared == "forward" else None
         if tail.compared == "forward":
-            shape = _sketch_shape(z, terms, rows, tail, samples)
+            shape = _sketch_shape(z, terms, rows, tail, samples, scratch.like(z))
         else:
             x = tail.sketch_logits(sketch_codes(rows), ids, gold, z.shape[1])
             # Reversed log q - log w, up to the student's normaliser; else w.
@@ -203,11 +224,12 @@ def _sketch_shape(
     rows: TeacherRows,
     tail: Tail,
     samples: tuple[torch.Tensor, torch.Tensor] | None,
+    w: torch.Tensor,
 ) -> torch.Tensor:
-    """w `[C, V]`; sets `expected` and `shape`. On a CPU a few rows at a time, which stay in its cache."""
+    """w `[C, V]`, filled in; sets `expected` and `shape`. On a CPU a few rows at a time, which stay in its cache."""
     codes, ids, gold = sketch_codes(rows), kept_ids(rows), rows.gold[:, None]
     size = _CACHED_ROWS if z.device.type == "cpu" else len(z)
-    w, expected, constants = torch.empty_like(z), [], []
+    expected, constants = [], []
     for start in range(0, len(z), size):
         part = slice(start, start + size)
         x = tail.sketch_logits(codes[part], ids[part], gold[part], z.shape[1])
@@ -250,12 +272,13 @@ def _loss_and_gradient(
     temperature: float,
     loss_of: LossOfTerms,
     part: slice,
+    scratch: _Scratch,
     *,
     own: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a slice and its gradient on the logits `[C, V]`, which are overwritten where they are our own."""
     z = _at_temperature(_at_least_float32(logits), temperature)
-    reduced = _reduce(z, rows, tail, own=own or z is not logits)
+    reduced = _reduce(z, rows, tail, scratch, own=own or z is not logits)
     terms = reduced.terms
     leaves = [terms.gold, terms.entries, terms.tail]
     leaves += [term for term in (terms.expected, terms.spread) if term is not None]

@@ -6,7 +6,6 @@ import click
 
 from pipeline.numbers import parse_range
 from pipeline.progress import Progress
-from storage.errors import UserError
 
 
 @click.command("pull")
@@ -36,17 +35,9 @@ def command(url: str, directory: str, shards: str | None, jobs: int) -> None:
 
     cache = Cache.open(url)
     planned = cache.manifest.shards
-    wanted = _range(shards, len(planned))
+    wanted = parse_range(shards, "--shards", len(planned), "shards")
     with Progress("pulling", sum(planned[index].tokens for index in wanted)) as progress:
         copied = copy_cache(
             cache, directory, shards=wanted, jobs=jobs, progress=lambda shard: progress.advance(planned[shard].tokens)
         )
     click.echo(f"{directory}: {len(wanted)} of {len(planned)} shards, {copied} of them copied now")
-
-
-def _range(text: str | None, count: int) -> range:
-    """Raises UserError unless `text` names at least one of `count` shards."""
-    chosen = range(count)[parse_range(text, "--shards")]
-    if not chosen:
-        raise UserError(f"--shards {text}: wants FIRST:STOP, as in 0:100; this cache has {count} shards, from 0")
-    return chosen

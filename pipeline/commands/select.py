@@ -65,7 +65,8 @@ def command(source: str, output: str, sequences: str | None, **given: object) ->
     from stages.derivation import Selection, plan_selection, write
     from storage.cache import Cache
 
-    chosen = parse_range(sequences, "--sequences")
+    opened = Cache.open(source)
+    chosen = parse_range(sequences, "--sequences", opened.manifest.corpus.sequences, "sequences")
     bits = given.pop("logprob_bits")
     selection = Selection(
         first=chosen.start,
@@ -73,7 +74,7 @@ def command(source: str, output: str, sequences: str | None, **given: object) ->
         logprob_bits=None if bits is None else int(str(bits)),
         **given,  # type: ignore[arg-type]
     )
-    derivation = plan_selection(Cache.open(source), selection)
+    derivation = plan_selection(opened, selection)
     Cache.resume(output, derivation.manifest)
     if not derivation.has_prior:
         click.echo("the new cache has no tail prior: it is known for whole shards of a cache that has one", err=True)
