@@ -178,9 +178,9 @@ def test_few_shards_are_decoded_at_a_time(
     decoded: list[int] = []
     read = Cache.read_shard
 
-    def counted(cache: Cache, shard: int, columns: Any) -> Any:
+    def counted(cache: Cache, shard: int, columns: Any, **options: Any) -> Any:
         decoded.append(shard)
-        return read(cache, shard, columns)
+        return read(cache, shard, columns, **options)
 
     monkeypatch.setattr(Cache, "read_shard", counted)
     for batch in batches:
