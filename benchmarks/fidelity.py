@@ -189,7 +189,7 @@ def learn_text(
     step_of = Optimizer(model, learning_rate, steps)
     started = time.monotonic()
     for step, ids in zip(range(1, steps + 1), batches(text, batch, seed), strict=False):
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss = mean_cross_entropy(model, ids.to(DEVICE))
         loss.backward()
         step_of()
