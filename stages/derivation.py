@@ -12,7 +12,6 @@ derived cache has no tail prior.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,8 +121,7 @@ def write(
         if place(output).resolve() == source.path.resolve():
             raise UserError(f"{output}: is the cache that is read; name a new directory")
     cache = Cache.create_or_resume(output, manifest)
-    tokenizer = derivation.sources[0].tokenizer_path
-    cache.write_tokenizer(lambda folder: shutil.copytree(tokenizer, folder, dirs_exist_ok=True))
+    cache.write_tokenizer(derivation.sources[0].copy_tokenizer)
     if manifest.scoring.sketch is not None:
         cache.write_sketch(derivation.sources[0].sketch_bytes())
     made = False
