@@ -25,6 +25,7 @@ from stages.teacher import Teacher
 from storage.cache import Cache
 from storage.errors import UserError
 from storage.manifest import Manifest, ScoringOptions
+from storage.plan import locate
 from storage.rows import Rows
 
 DEFAULT_SEQUENCES = 64
@@ -225,12 +226,11 @@ def run(prepared: PreparedAudit, progress: Callable[[int], None]) -> Audit:
 
 def _stored(cache: Cache, sample: np.ndarray, shards: set[int]) -> Iterator[Rows]:
     """The sample's rows as they are stored, a few shards' worth at a time; `shards` learns which ones were read."""
-    firsts = np.array([shard.first for shard in cache.manifest.shards])
-    shard_of = np.searchsorted(firsts, sample, side="right") - 1
+    shard_of, row_of = locate(cache.manifest.shards, sample)
     parts: list[Rows] = []
     tokens = 0
     for shard in np.unique(shard_of).tolist():
-        parts.append(cache.read_shard(shard).take(sample[shard_of == shard] - firsts[shard]))
+        parts.append(cache.read_shard(shard).take(row_of[shard_of == shard]))
         shards.add(shard)
         tokens += parts[-1].tokens
         if tokens >= DEFAULT_SHARD_TOKENS:
@@ -311,9 +311,8 @@ def _worst(differences: Differences, manifest: Manifest) -> Worst:
     at = int(np.argmax(differences.by_position("gold")))
     values = (differences.sequence_of, differences.position, differences.stored_gold, differences.live_gold)
     sequence, position, stored, live = (np.concatenate(value)[at] for value in values)
-    firsts = [shard.first for shard in manifest.shards]
-    shard = int(np.searchsorted(firsts, sequence, side="right")) - 1
-    return Worst(int(sequence), int(position), shard, float(stored), float(live))
+    (shard,), _ = locate(manifest.shards, np.array([sequence]))
+    return Worst(int(sequence), int(position), int(shard), float(stored), float(live))
 
 
 def _reasons(

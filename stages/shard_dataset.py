@@ -21,6 +21,7 @@ from stages.divergence import TeacherRows
 from stages.objective import Objective
 from storage.cache import Cache
 from storage.errors import CacheError, UserError
+from storage.plan import locate
 from storage.rows import Ragged, Rows
 from storage.schema import column_temperature
 from storage.shard import value_problems
@@ -120,9 +121,7 @@ class ShardDataset(Dataset):
         self.checksums = checksums
         self._columns = (*COLUMNS, *extra)
         self.sequence_ids = sequence_ids
-        firsts = np.array([shard.first for shard in cache.manifest.shards], np.int64)
-        self.shard_of = np.searchsorted(firsts, sequence_ids, side="right") - 1
-        self._row_of = sequence_ids - firsts[self.shard_of]
+        self.shard_of, self._row_of = locate(cache.manifest.shards, sequence_ids)
         self._decoded: OrderedDict[int, DecodedShard] = OrderedDict()
         self._checked: set[int] = set()
 

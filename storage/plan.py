@@ -1,6 +1,9 @@
-"""Which sequences go into which shard: decided from their lengths alone, so the same for every worker."""
+"""Which sequences go into which shard, decided from their lengths alone and so the same for every worker, and where
+one lies."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,3 +24,10 @@ def plan_shards(lengths: np.ndarray, shard_tokens: int) -> tuple[PlannedShard, .
         shards.append(PlannedShard(first=first, sequences=stop - first, tokens=tokens))
         first, before = stop, int(ends[stop - 1])
     return tuple(shards)
+
+
+def locate(shards: Sequence[PlannedShard], sequence_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int64 `[n]` and int64 `[n]`: the shard that holds each sequence, and its row there."""
+    firsts = np.array([shard.first for shard in shards], np.int64)
+    shard_of = np.searchsorted(firsts, sequence_ids, side="right") - 1
+    return shard_of, sequence_ids - firsts[shard_of]
