@@ -302,7 +302,8 @@ class ServerTeacher(Teacher):
 def _unpack(body: bytes) -> PackedStatistics:
     if len(body) % 4:
         raise ValueError(f"an answer of {len(body)} bytes is no list of float32")
-    return PackedStatistics.unpack(np.frombuffer(body, "<f4").astype(np.float32, copy=False))
+    # A copy, which may be written to, as torch wants it.
+    return PackedStatistics.unpack(np.frombuffer(body, "<f4").astype(np.float32))
 
 
 def _without_seed(options: StatisticsOptions) -> StatisticsOptions:
