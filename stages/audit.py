@@ -149,16 +149,17 @@ def prepare(options: AuditOptions) -> PreparedAudit:
     stock = engine.vllm_route == "prompt-logprobs"
     elsewhere = stock or engine.engine == "server" or engine.server_url is not None
     sketch = None if elsewhere else scoring.sketch
+    kept = {"top_n": scoring.top_n, "seed": scoring.seed, "tail_epsilon": scoring.tail_epsilon, "min_n": scoring.min_n}
+    least = StatisticsOptions(**kept)
     statistics = StatisticsOptions(
-        scoring.top_n,
-        () if stock else scoring.temperatures,
-        0 if stock else scoring.tail_samples,
-        scoring.seed,
-        scoring.tail_epsilon,
-        scoring.min_n,
+        **kept,
+        temperatures=scoring.temperatures,
+        tail_samples=scoring.tail_samples,
         sketch_rank=sketch.rank if sketch else 0,
         residual_samples=sketch.residual_samples if sketch else 0,
     )
+    if stock:
+        statistics = least
     sample = draw(cache, options.sequences, options.share, options.seed)
     choice = choose(
         engine,
@@ -166,7 +167,10 @@ def prepare(options: AuditOptions) -> PreparedAudit:
         max_length=scoring.max_length,
         vocabulary_size=vocabulary,
         there=scoring.engine,
+        without_pooler=least,
     )
+    if not choice.gives_entropy:  # by vLLM's stock API, of a server too
+        statistics = least
     if options.dtype is not None:
         dtype = options.dtype
     else:

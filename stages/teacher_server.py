@@ -84,6 +84,7 @@ class ServerTeacher(Teacher):
         concurrency: int = 32,
         api_key: str | None = None,
         patience: Patience | None = None,
+        without_pooler: StatisticsOptions | None = None,
     ) -> None:
         if concurrency < 1:
             raise UserError(f"--server-concurrency {concurrency}: give at least 1")
@@ -95,6 +96,7 @@ class ServerTeacher(Teacher):
             self._model, longest = self._choose_model(model)
             self.uses_pooler = self._find_pooler(vocabulary_size)
             if not self.uses_pooler:
+                self.options = without_pooler or options
                 self._check_completions(vocabulary_size)
             # A completion has at least one id, even when nobody wants it.
             room = 0 if self.uses_pooler else 1
