@@ -114,8 +114,10 @@ def run(folder: Path, arguments: argparse.Namespace) -> list[Line]:
         if name in arguments.parts:
             started = time.monotonic()
             dice = random.Random(f"{arguments.seed} {name}")
-            lines += _PARTS[name](site, arguments, dice)
-            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            found = _PARTS[name](site, arguments, dice)
+            lines += found
+            # At once: of a run that is stopped, what was counted is left.
+            print(f"{name}: {time.monotonic() - started:.0f} s\n{table(found)}", file=sys.stderr, flush=True)
     return lines
 
 
@@ -178,7 +180,7 @@ class Site:
         site.made(site.whole)  # the first one is slower
         shutil.rmtree(site.whole)
         site.seconds = site.made(site.whole)
-        site.calibrating = site.made(folder / "calibrated", moment="calibrating") - site.seconds
+        site.calibrating = min(site.claimed(folder / f"calibrated-{turn}") for turn in range(3))
         sealed = [_without_seal(site, folder / f"sealing-{turn}") for turn in range(3)]
         site.sealing = min(site.start(path, moment="sealing").wait().seconds for path in sealed)
         site.made(site.small, "--limit", 2)
@@ -187,9 +189,19 @@ class Site:
         site.made(site.other, "--dataset", other)
         return site
 
-    def made(self, output: Path, *more: object, moment: str = "claiming") -> float:
-        """The undisturbed command; returns its seconds from `moment` on."""
-        ended = self.start(output, *more, moment=moment).wait()
+    def claimed(self, output: Path) -> float:
+        """Seconds from the beginning of the calibration until there is a manifest, undisturbed."""
+        running = self.start(output, moment="calibrating")
+        running.reached()
+        while not (output / "manifest.json").exists() and running.child.exitcode is None:
+            time.sleep(0.001)
+        seconds = time.monotonic() - running.since
+        running.wait()
+        return seconds
+
+    def made(self, output: Path, *more: object) -> float:
+        """The undisturbed command; returns its seconds."""
+        ended = self.start(output, *more).wait()
         assert ended.code == 0, ended.errors
         return ended.seconds
 

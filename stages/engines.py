@@ -65,7 +65,9 @@ def choose(
 ) -> Choice:
     """Decide without loading weights. `there`: the engine of a cache that is to be gone on with, which `auto` follows.
 
-    without_pooler: what a server that has not our pooler is asked for, if that may be less. Raises UserError for an engine that is not installed, cannot serve the teacher or give the statistics.
+    without_pooler: what a server that has not our pooler is asked for, if that may be less.
+
+    Raises UserError for an engine that is not installed, cannot serve the teacher or give the statistics.
     """
     if statistics.sketch_rank and (options.engine == "server" or options.server_url):
         raise UserError(f"--sketch-rank: a server shows no hidden states; {SKETCH_ENGINES}")
