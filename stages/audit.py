@@ -8,7 +8,7 @@ there is numerical noise, and a cache is judged by how far it is from its teache
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,10 +149,9 @@ def prepare(options: AuditOptions) -> PreparedAudit:
     stock = engine.vllm_route == "prompt-logprobs"
     elsewhere = stock or engine.engine == "server" or engine.server_url is not None
     sketch = None if elsewhere else scoring.sketch
-    kept = {"top_n": scoring.top_n, "seed": scoring.seed, "tail_epsilon": scoring.tail_epsilon, "min_n": scoring.min_n}
-    least = StatisticsOptions(**kept)
-    statistics = StatisticsOptions(
-        **kept,
+    least = StatisticsOptions(scoring.top_n, seed=scoring.seed, tail_epsilon=scoring.tail_epsilon, min_n=scoring.min_n)
+    statistics = replace(
+        least,
         temperatures=scoring.temperatures,
         tail_samples=scoring.tail_samples,
         sketch_rank=sketch.rank if sketch else 0,
