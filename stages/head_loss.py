@@ -105,26 +105,35 @@ class _HeadLoss(torch.autograd.Function):
         gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         scratch = _Scratch()
+
+        def in_blocks(logits: torch.Tensor, gradient: torch.Tensor, part: slice) -> torch.Tensor:
+            """Loss of a slice; fills `gradient`."""
+            losses = []
+            for few in _parts(len(logits), block):
+                these = _within(part, few)
+                losses.append(
+                    _block(logits[few], gradient[few], rows[these], tail, temperature, loss_of, these, scratch)
+                )
+            return torch.stack(losses).sum()
+
         for part in _parts(len(rows), size):
             states = hidden[part].detach()
-            linear = isinstance(head, nn.Linear)
-            with torch.set_grad_enabled(not linear):
-                logits = head(states if linear else states.requires_grad_())
-            # Nothing but the gradient is needed to go back through a linear head, so its output is ours to overwrite.
-            gradient = logits if linear else torch.empty_like(logits, requires_grad=False)
-            for few in _parts(len(states), block):
-                these = _within(part, few)
-                total += _block(
-                    logits.detach()[few], gradient[few], rows[these], tail, temperature, loss_of, these, scratch
-                )
-            if linear:
+            if isinstance(head, nn.Linear):
+                # Nothing but the gradient is needed to go back through it, so its output is ours to overwrite.
+                with torch.no_grad():
+                    gradient = head(states)
+                total += in_blocks(gradient, gradient, part)
                 hidden_gradient[part] = _through_linear(head, states, gradient, parameters, gradients)
-                continue
-            found = torch.autograd.grad(logits, [states, *parameters], gradient, allow_unused=True)
-            hidden_gradient[part] = found[0]
-            for gathered, new in zip(gradients, found[1:], strict=True):
-                if new is not None:
-                    gathered += new
+            else:
+                with torch.enable_grad():
+                    logits = head(states.requires_grad_())
+                gradient = torch.empty_like(logits, requires_grad=False)
+                total += in_blocks(logits.detach(), gradient, part)
+                found = torch.autograd.grad(logits, [states, *parameters], gradient, allow_unused=True)
+                hidden_gradient[part] = found[0]
+                for gathered, new in zip(gradients, found[1:], strict=True):
+                    if new is not None:
+                        gathered += new
         ctx.gradients = hidden_gradient, gradients
         ctx.dtypes = [p.dtype for p in parameters]
         return total
