@@ -4,7 +4,7 @@ Everything comes from one softmax of a slice of rows `[C, V]`, in fp32 and witho
 
 - the tail mass is the sum of what is left after the kept set is zeroed, never `1 - sum(top)`: in fp32
   the difference is wrong by more than itself once the tail is under 1e-6;
-- log Z comes from the share of the most probable id, `p_max = 1 / sum_j e^(z_j - z_max)`, which is at least 1 / V;
+- Z is a sum of shares of the most probable id, `e^(z_j - z_max)`, and so between 1 and V;
 - `log p(gold) = -softplus(log nongold - z_gold)`, so a teacher that is sure to 1 - 1e-9 still has a UNC
   of 1e-9 instead of 0, and its tokens still rank.
 
@@ -129,50 +129,48 @@ def row_statistics(
     # A head that is padded may give -inf at ids that do not exist; a floor keeps 0 * -inf out of the entropy.
     gold_x = (x.gather(1, gold_column) - peak).clamp_(min=_FLOOR)
     top_x = (top - peak).clamp_(min=_FLOOR)
-    p = x.softmax(1)
+    # Shares of the most probable id's probability; divided by their sum Z only where they leave this function.
+    e = torch.sub(x, peak).exp_()
 
     top_is_gold = top_ids == gold_column
-    top_p = p.gather(1, top_ids)
-    log_z = -top_p[:, :1].log()
-    gold_p = p.gather(1, gold_column)
-    tail_p = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
-    tail = tail_p.sum(1)
-    others_p = top_p.masked_fill(top_is_gold, 0.0)
-    nongold = tail + others_p.sum(1)
+    top_e = e.gather(1, top_ids)
+    gold_e = e.gather(1, gold_column)
+    tail_e = e.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0)
+    tail = tail_e.sum(1)
+    others_e = top_e.masked_fill(top_is_gold, 0.0)
+    nongold = tail + others_e.sum(1)
+    z = nongold + gold_e.squeeze(1)
+    log_z = z.log()
+    inside = top_is_gold.any(1, keepdim=True)
+    kept_gold = inside
     dropped = None
     if options.tail_epsilon:
-        dropped = beyond_prefix(others_p, tail, options.tail_epsilon, options.min_n)
+        dropped = beyond_prefix(others_e / z[:, None], tail / z, options.tail_epsilon, options.min_n)
         # Back to the tail, gold excepted.
-        others_p.masked_fill_(~dropped, 0.0)
-        tail_p.scatter_add_(1, top_ids, others_p)
-        tail = tail + others_p.sum(1)
-        top_p = top_p.masked_fill(dropped, 0.0)
-    kept_gold = top_is_gold if dropped is None else top_is_gold & ~dropped
-    outside_p = gold_p.masked_fill_(kept_gold.any(1, keepdim=True), 0.0)
+        others_e.masked_fill_(~dropped, 0.0)
+        tail_e.scatter_add_(1, top_ids, others_e)
+        tail = tail + others_e.sum(1)
+        top_e = top_e.masked_fill(dropped, 0.0)
+        kept_gold = (top_is_gold & ~dropped).any(1, keepdim=True)
+    outside_e = gold_e.masked_fill_(kept_gold, 0.0)
+    tail_logmass = tail.log() - log_z
     # + 0.0 turns the -0.0 of a certain gold into 0.0.
-    gold_logprob = -torch.nn.functional.softplus(nongold.log() - (gold_x - log_z).squeeze(1)) + 0.0
-    top_logprobs = top_x - log_z
-    # Gold's own number is the more exact one. Where it ties with others, rounding must not put it out of order: who
-    # stands before it is not below it, who stands after it not above.
-    inside = top_is_gold.any(1, keepdim=True)
-    before = inside & (top_is_gold.cumsum(1) == 0)
-    top_logprobs = torch.where(before, top_logprobs.maximum(gold_logprob[:, None]), top_logprobs)
-    top_logprobs = torch.where(inside & ~before, top_logprobs.minimum(gold_logprob[:, None]), top_logprobs)
-    top_logprobs = torch.where(top_is_gold, gold_logprob[:, None], top_logprobs)
+    gold_logprob = -torch.nn.functional.softplus(nongold.log() - gold_x.squeeze(1)) + 0.0
+    top_logprobs = _with_gold(top_x - log_z[:, None], top_is_gold, inside, gold_logprob[:, None])
 
-    rows = p.new_ones(len(p)) if prior_rows is None else prior_rows.to(p)
-    tail_sum = None if prior_sum is None else rows @ tail_p
-    at = [_tail_logmass_at(x, t, top_ids, gold_column, dropped) - log_z.squeeze(1) / t for t in options.temperatures]
+    rows = torch.ones_like(z) if prior_rows is None else prior_rows.to(z)
+    tail_sum = None if prior_sum is None else (rows / z) @ tail_e
+    at = [_tail_logmass_at(x, peak, t, top_ids, gold_column, dropped) - log_z / t for t in options.temperatures]
     if options.tail_samples:
         if uniforms is None:
             raise ValueError("tail samples need uniforms")
-        samples = _draw(tail_p, uniforms.to(tail_p.device))[0]
+        samples = _draw(tail_e, uniforms.to(tail_e.device))[0]
     else:
         samples = top_ids.new_empty((len(gold), 0))
     residual_samples, residual_mass = top_ids.new_zeros((len(gold), options.residual_samples)), x.new_zeros(len(gold))
     tail_sketch = sketch_lse = None
     if sketch_logits is not None:
-        tail_sketch = torch.linalg.vecdot(tail_p, sketch_logits)
+        tail_sketch = torch.linalg.vecdot(tail_e, sketch_logits)
         kept_logits = torch.full_like(top_x, float("-inf"))
         if dropped is not None:
             kept_logits = torch.where(dropped, sketch_logits.gather(1, top_ids), kept_logits)
@@ -182,21 +180,22 @@ def row_statistics(
         if options.residual_samples == 1:
             raise ValueError("one residual sample cannot stand for both signs")
         sketch_lse = sketch_logits.logsumexp(1)
-        residual_samples, residual_mass = _residual(tail_p, tail, sketch_logits, residual_uniforms)
+        residual_samples, residual_mass = _residual(tail_e, tail, sketch_logits, residual_uniforms)
     elif options.residual_samples:
         raise ValueError("residual samples need the logits of a sketch")
 
-    # -sum p log p = log Z - sum p (z - z_max). The tail's part takes the place of its probabilities.
-    products = tail_p.mul_(x)
+    # -sum p log p = log Z - sum p (z - z_max). The tail's part takes the place of its shares.
+    products = tail_e.mul_(x)
     tail_x = products.sum(1)
     if tail_x.isnan().any():
         tail_x = products.nan_to_num_(nan=0.0).sum(1)
-    mean_x = (top_p * top_x).sum(1) + (outside_p * gold_x).squeeze(1) + tail_x - peak.squeeze(1) * tail
+    tail_x = tail_x - peak.squeeze(1) * tail
+    mean_x = (torch.linalg.vecdot(top_e, top_x) + (outside_e * gold_x).squeeze(1) + tail_x) / z
     sketch_kl = torch.zeros_like(tail)
     if tail_sketch is not None and sketch_lse is not None:
         # sum p (log p - log tail) - sum p log w over the tail.
-        own = tail_x - (log_z + peak).squeeze(1) * tail - torch.xlogy(tail, tail)
-        sketch_kl = (own - tail_sketch + sketch_lse * tail).clamp_(min=0.0).masked_fill_(tail == 0, 0.0)
+        own = tail_x - torch.xlogy(tail, tail) + peak.squeeze(1) * tail
+        sketch_kl = ((own - tail_sketch + sketch_lse * tail) / z).clamp_(min=0.0).masked_fill_(tail == 0, 0.0)
     if dropped is not None:
         top_ids, top_logprobs = top_ids.masked_fill(dropped, -1), top_logprobs.masked_fill(dropped, float("-inf"))
     # After everything that may run out of memory, so that a caller can try again with fewer rows.
@@ -204,8 +203,8 @@ def row_statistics(
         prior_sum += tail_sum
     return RowStatistics(
         gold_logprob=gold_logprob,
-        tail_logmass=tail.log(),
-        entropy=(log_z.squeeze(1) - mean_x).clamp_(min=0.0),
+        tail_logmass=tail_logmass,
+        entropy=(log_z - mean_x).clamp_(min=0.0),
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         tail_logmass_at=torch.stack(at, 1) if at else x.new_empty((len(gold), 0)),
@@ -214,6 +213,20 @@ def row_statistics(
         residual_mass=residual_mass,
         sketch_kl=sketch_kl,
     )
+
+
+def _with_gold(
+    top_logprobs: torch.Tensor, top_is_gold: torch.Tensor, inside: torch.Tensor, gold_logprob: torch.Tensor
+) -> torch.Tensor:
+    """Gold's own number, the more exact one, in its place among the top-N, `[C, N]`; it may not break their order.
+
+    Where it ties with others, who stands before it is not below it, who stands after it not above. inside: bool
+    `[C, 1]`, whether it is among them; gold_logprob: `[C, 1]`.
+    """
+    reached = top_is_gold.cumsum(1) > 0
+    at_least = top_logprobs.maximum(torch.where(inside, gold_logprob, float("-inf")))
+    ordered = torch.where(reached, top_logprobs.minimum(gold_logprob), at_least)
+    return torch.where(top_is_gold, gold_logprob, ordered)
 
 
 def beyond_prefix(others_p: torch.Tensor, tail: torch.Tensor, epsilon: float, min_n: int) -> torch.Tensor:
@@ -247,30 +260,35 @@ def top_k(x: torch.Tensor, k: int, *, ordered: bool = True) -> tuple[torch.Tenso
 
 def _tail_logmass_at(
     x: torch.Tensor,
+    peak: torch.Tensor,
     temperature: float,
     top_ids: torch.Tensor,
     gold_column: torch.Tensor,
     dropped: torch.Tensor | None,
 ) -> torch.Tensor:
-    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`. dropped: as `beyond_prefix`."""
-    p = (x / temperature).softmax(1)
-    top_p = p.gather(1, top_ids)
-    tail = p.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0).sum(1)
+    """log of `sum_{j not in K} e^((z_j - z_max) / T)` of logits `[C, V]`; float `[C]`.
+
+    peak: `[C, 1]`, z_max; dropped: as `beyond_prefix`.
+    """
+    e = torch.sub(x, peak).div_(temperature).exp_()
+    top_e = e.gather(1, top_ids)
+    tail = e.scatter_(1, top_ids, 0.0).scatter_(1, gold_column, 0.0).sum(1)
     if dropped is not None:
-        tail = tail + top_p.masked_fill(~dropped | (top_ids == gold_column), 0.0).sum(1)
-    return tail.log() - top_p[:, 0].log()
+        tail = tail + top_e.masked_fill(~dropped | (top_ids == gold_column), 0.0).sum(1)
+    return tail.log()
 
 
 def _residual(
-    tail_p: torch.Tensor, tail: torch.Tensor, sketch: torch.Tensor, uniforms: torch.Tensor | None
+    tail_e: torch.Tensor, tail: torch.Tensor, sketch: torch.Tensor, uniforms: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids `[C, M]` and their mass `[C]`, see RowStatistics.
 
-    tail_p: `[C, V]`, p outside the kept set, and tail `[C]`, its sum; sketch: `[C, V]`, logits, -inf in the kept set.
+    tail_e: `[C, V]`, in proportion to p outside the kept set, and tail `[C]`, its sum; sketch: `[C, V]`, logits, -inf
+    in the kept set.
     """
     w = sketch.softmax(1)
     # On the tail's own scale: a light one needs no division that might overflow.
-    residual = torch.addcmul(tail_p, w, tail[:, None], value=-1.0, out=w)
+    residual = torch.addcmul(tail_e, w, tail[:, None], value=-1.0, out=w)
     empty = tail == 0
     if empty.any():
         residual.masked_fill_(empty[:, None], 0.0)
