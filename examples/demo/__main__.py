@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from examples.demo.corpus import CorpusError, build_corpus, read_texts
 from pipeline.threads import bound_spinning
 
 OBJECTIVES = ("ce", "kl", "atkd")
@@ -32,7 +33,10 @@ def main() -> int:
 
     bound_spinning()
     output: Path = arguments.output
-    make_teacher(output, arguments.teacher_steps, arguments.limit_characters)
+    try:
+        make_teacher(output, arguments.teacher_steps, arguments.limit_characters)
+    except CorpusError as error:
+        raise SystemExit(f"error: {error}") from None
     announce("3/4", "run the teacher once over text it has not trained on, and keep what it believed")
     pipeline(
         *("cache-teacher", "--teacher", output / "teacher", "--dataset", output / "corpus" / "transfer.jsonl"),
@@ -54,7 +58,6 @@ def main() -> int:
 
 def make_teacher(output: Path, steps: int, limit_characters: int | None) -> None:
     """The corpus, the tokenizer, the teacher, and the configuration of the students."""
-    from examples.demo.corpus import build_corpus, read_texts
     from examples.demo.teacher import student_config, train_teacher, train_tokenizer
 
     if (output / "student-config" / "config.json").exists():
