@@ -80,6 +80,10 @@ class BodyAndHead:
         """
         return self._body(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
 
+    def compile_body(self, **how: Any) -> None:
+        """From now on the body is compiled, here and wherever else it is called. how: of `torch.compile`."""
+        self._body.compile(**how)
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of hidden states `[R, H]`."""
         return self._head(inputs_embeds=hidden[None].to(self._head_dtype), use_cache=False).logits[0]

@@ -50,5 +50,15 @@ def install_distillation(model: Any) -> int:
     return vocabulary
 
 
+def compile_body(model: Any, backend: str, mode: str | None) -> None:
+    """Let `torch.compile` have the body of a model that is ready to train.
+
+    Not its whole forward, as Trainer would: that ends in a new function at each step, and would be compiled anew at
+    each. Lengths change from batch to batch, so shapes are symbols from the start. Raises UserError for a model that
+    cannot be cut into body and head.
+    """
+    BodyAndHead(model).compile_body(dynamic=True, backend=backend, mode=mode)
+
+
 def _identity(hidden: torch.Tensor) -> torch.Tensor:
     return hidden

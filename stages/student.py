@@ -47,6 +47,8 @@ _RESERVED = (
     "accelerator_config",
     "auto_find_batch_size",
 )
+# Trainer's own way would compile anew at each step: `compile_body`.
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Ids of a packed batch where neither the user nor the longest sequence asks for more.
 PACKED_TOKENS = 4096
 
@@ -351,7 +353,7 @@ def training_arguments(options: StudentOptions) -> Any:
         defaults |= {"dataloader_persistent_workers": False, "dataloader_prefetch_factor": None}
     try:
         arguments = TrainingArguments(
-            **{**defaults, **options.trainer},
+            **{name: value for name, value in {**defaults, **options.trainer}.items() if name not in _COMPILE},
             output_dir=options.output,
             remove_unused_columns=False,
             label_names=[],
@@ -470,6 +472,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     """The trainer of a prepared run, its student loaded and its datasets open."""
     from transformers import PrinterCallback
 
+    from stages.distillation_forward import compile_body
     from stages.mixing import Mixture
     from stages.shard_dataset import Collator, ShardDataset, corpus_threshold
     from stages.training import DistillationTrainer
@@ -515,6 +518,9 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
+    if any(options.trainer.get(name) for name in _COMPILE):
+        backend, mode = options.trainer.get("torch_compile_backend"), options.trainer.get("torch_compile_mode")
+        compile_body(trainer.model, backend or "inductor", mode)
     return trainer
 
 

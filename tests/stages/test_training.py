@@ -104,6 +104,30 @@ def test_held_out_measures_equal_the_definitions(tiny: Tiny, make_cache: Callabl
         assert report[f"eval_{name}_easy"] == pytest.approx(values[~hard].mean(), abs=2e-3)
 
 
+def test_a_compiled_body_trains_the_same_and_is_compiled_once_for_all_lengths(
+    tiny: Tiny, cache_path: Path, tmp_path: Path
+) -> None:
+    """Batches of several lengths: a way that compiles for each step, or for each length, makes more graphs."""
+    from torch._dynamo.utils import counters
+    from transformers import TrainerCallback
+
+    graphs: list[int] = []
+
+    class CountGraphs(TrainerCallback):
+        def on_step_end(self, *args: Any, **more: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    def report(name: str, **trainer: Any) -> dict[str, Any]:
+        given = options(tiny, cache_path, tmp_path / name, trainer={"max_steps": 4, **trainer}, eval_share=0.0)
+        return train(prepare(given), [CountGraphs()])
+
+    plain = report("plain")
+    compiled = report("compiled", torch_compile_backend="eager")
+    assert graphs[:4] == [graphs[0]] * 4
+    assert graphs[4:] == [graphs[0] + 1] * 4
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
+
+
 def test_the_result_loads_with_its_tokenizer(tiny: Tiny, cache_path: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
