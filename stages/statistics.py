@@ -194,7 +194,7 @@ def row_statistics(
     sketch_kl = torch.zeros_like(tail)
     if tail_sketch is not None and sketch_lse is not None:
         # sum p (log p - log tail) - sum p log w over the tail.
-        own = tail_x - torch.xlogy(tail, tail) + peak.squeeze(1) * tail
+        own = tail_x - torch.xlogy(tail, tail)
         sketch_kl = ((own - tail_sketch + sketch_lse * tail) / z).clamp_(min=0.0).masked_fill_(tail == 0, 0.0)
     if dropped is not None:
         top_ids, top_logprobs = top_ids.masked_fill(dropped, -1), top_logprobs.masked_fill(dropped, float("-inf"))

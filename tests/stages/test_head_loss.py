@@ -23,8 +23,8 @@ ROWS, WIDTH, VOCABULARY = 23, 12, 41
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five rows: slices of 16 make three full ones and a partial one."""
-    each = 5 * 4 * VOCABULARY // torch.get_num_threads() + 1
+    """Of twelve rows: a slice of 16 or 23 makes a full one and a partial one."""
+    each = 12 * 4 * VOCABULARY // torch.get_num_threads() + 1
     monkeypatch.setattr("stages.head_loss._BLOCK_BYTES", each)
 
 
