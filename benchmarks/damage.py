@@ -77,7 +77,7 @@ def read(folder: Path, *, checksums: bool = True) -> str:
     from stages.compatibility import cache_tokenizer
     from stages.objective import Objective
     from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
-    from stages.student import make_tail, open_caches
+    from stages.student import make_tail, open_caches, sketch_columns
 
     when = "start" if checksums else "off"
     [cache] = open_caches([str(folder)], when)
@@ -87,11 +87,19 @@ def read(folder: Path, *, checksums: bool = True) -> str:
     tail = make_tail(Objective(name="kl", tail="prior"), [cache])
     assert tail.log_prior is not None
     digest.update(tail.log_prior.numpy().tobytes())
+    extra = EXTRA
+    if cache.manifest.scoring.sketch is not None:
+        sketch = make_tail(Objective(name="kl", tail="sketch"), [cache]).sketch
+        assert sketch is not None
+        for name, value in sorted(vars(sketch).items()):
+            digest.update(name.encode())
+            digest.update(value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode())
+        extra = tuple(dict.fromkeys([*EXTRA, *sketch_columns(cache)]))
     digest.update(sequence_lengths(cache).tobytes())
     train, held_out = split_held_out(cache, 0.2)
     digest.update(str(corpus_threshold([(cache, train)], 0.5)).encode())
     for ids in (train, held_out):
-        dataset = ShardDataset(cache, ids, extra=EXTRA, checksums=when)
+        dataset = ShardDataset(cache, ids, extra=extra, checksums=when)
         for index in range(len(dataset)):
             for name, value in sorted(vars(dataset[index]).items()):
                 digest.update(f"{name}{np.shape(value)}".encode() + np.asarray(value).tobytes())
@@ -220,9 +228,18 @@ def misplaced(files: dict[str, bytes], other: dict[str, bytes], shards: int) -> 
 
 
 def edits(files: dict[str, bytes], names: Sequence[str]) -> Iterator[Damage]:
-    """Each field of a JSON file: another value, a wrong type, nothing, and gone."""
+    """Each field of a JSON file or of the header of safetensors: another value, a wrong type, nothing, and gone."""
     for name in names:
-        plain = json.loads(files[name])
+        header, rest = files[name], b""
+        if tensors := name.endswith(".safetensors"):
+            end = 8 + int.from_bytes(header[:8], "little")
+            header, rest = header[8:end], header[end:]
+        plain = json.loads(header)
+
+        def whole(value: Any, tensors: bool = tensors, rest: bytes = rest) -> bytes:
+            text = json.dumps(value).encode()
+            return len(text).to_bytes(8, "little") + text + rest if tensors else text
+
         for path, value in _leaves(plain):
             others: list[Any] = [None, [], {}, "x", -1, 1e300]
             if isinstance(value, bool):
@@ -234,11 +251,9 @@ def edits(files: dict[str, bytes], names: Sequence[str]) -> Iterator[Damage]:
             for other in others:
                 if other == value and type(other) is type(value):
                     continue
-                text = json.dumps(_edited(plain, path, other)).encode()
-                yield Damage(kind_of(name), f"{name}: {'.'.join(map(str, path))} = {other!r}", {name: text})
-            yield Damage(
-                kind_of(name), f"{name}: no {path}", {name: json.dumps(_edited(plain, path, ..., drop=True)).encode()}
-            )
+                found = whole(_edited(plain, path, other))
+                yield Damage(kind_of(name), f"{name}: {'.'.join(map(str, path))} = {other!r}", {name: found})
+            yield Damage(kind_of(name), f"{name}: no {path}", {name: whole(_edited(plain, path, ..., drop=True))})
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

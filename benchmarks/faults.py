@@ -1,17 +1,19 @@
 """What goes wrong with disks and processes, done on purpose and counted: `python -m benchmarks.faults`.
 
-    kills       SIGKILL at random moments of `cache-teacher`, each time in what the earlier kills left
-    seals       SIGKILL at random moments of sealing: between the last receipt and the end of the command
-    writers     two `cache-teacher` on one directory at once; of every other pair one is killed
-    rivals      two different caches for one directory at once
-    full        a disk that is full at every 4 KiB of what the cache takes, then has room again
-    read-only   a disk that may not be written from the start, or from a random moment on
-    flips       one byte changed, at every place of every file of a small cache
-    cuts        files cut short
-    misplaced   files swapped, doubled, renamed, missing, or of another cache of the same teacher
-    edits       each field of the manifest and the receipts: another value, another type, gone
+    kills         SIGKILL at random moments of `cache-teacher`, each time in what the earlier kills left
+    calibrations  SIGKILL at random moments of making the sketch, before there is a cache that names it
+    seals         SIGKILL at random moments of sealing: between the last receipt and the end of the command
+    writers       two `cache-teacher` on one directory at once; of every other pair one is killed
+    rivals        two different caches for one directory at once
+    full          a disk that is full at every 4 KiB of what the cache takes, then has room again
+    read-only     a disk that may not be written from the start, or from a random moment on
+    flips         one byte changed, at every place of every file of a small cache
+    cuts          files cut short
+    misplaced     files swapped, doubled, renamed, missing, or of another cache of the same teacher
+    edits         each field of the manifest and the receipts: another value, another type, gone
 
-The command is the real one; only its teacher, a random model, is loaded once and reaches the commands by fork. After
+The command is the real one; only its teacher, a random model, is loaded once and reaches the commands by fork. The
+cache has all there can be: a sketch and what it misses, tail samples, as many entries as a position needs. After
 every fault all files that are there must be, byte for byte, those of an undisturbed run, a shard that had its receipt
 must have it still, and the same command again must end in the undisturbed cache. Damage is read as `train-student`
 reads (`benchmarks.damage`). SIGKILL takes nothing from the kernel's cache: what a power cut does is not tried here.
@@ -42,10 +44,24 @@ from typing import Any
 
 from benchmarks import damage
 
-PARTS = ("kills", "seals", "writers", "rivals", "full", "read-only", "flips", "cuts", "misplaced", "edits")
+PARTS = (
+    "kills",
+    "calibrations",
+    "seals",
+    "writers",
+    "rivals",
+    "full",
+    "read-only",
+    "flips",
+    "cuts",
+    "misplaced",
+    "edits",
+)
 PATIENCE = 120
 BLOCK = 4096
-TOP_N, TAIL_SAMPLES = 4, 3
+# What is kept: N (at most), samples, the mass that may stay in the tail, codes and residual samples of a sketch.
+TOP_N, TAIL_SAMPLES, TAIL_EPSILON, SKETCH_RANK, RESIDUAL_SAMPLES = 6, 3, 0.2, 4, 2
+SKETCH = "sketch.safetensors"
 
 
 @dataclass
@@ -63,12 +79,15 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--calibrations", type=int, default=100)
     parser.add_argument("--seals", type=int, default=200)
     parser.add_argument("--writers", type=int, default=20, help="pairs of commands")
     parser.add_argument("--full", type=int, default=1, help="try every such block of 4 KiB")
     parser.add_argument("--read-only", type=int, default=20, help="moments")
     parser.add_argument("--flips", type=int, default=1, help="try every such byte; of the tokenizer every 16th of them")
-    parser.add_argument("--cuts", type=int, default=16, help="try every such length of files above 4 KiB")
+    parser.add_argument(
+        "--cuts", type=int, default=16, help="try every such length of files above 4 KiB, of others and the sketch all"
+    )
     parser.add_argument("--others", type=int, default=1, help="try every such misplacing and edit")
     parser.add_argument("--documents", type=int, default=8, help="of the corpus")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that try damages")
@@ -95,8 +114,10 @@ def run(folder: Path, arguments: argparse.Namespace) -> list[Line]:
         if name in arguments.parts:
             started = time.monotonic()
             dice = random.Random(f"{arguments.seed} {name}")
-            lines += _PARTS[name](site, arguments, dice)
-            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            found = _PARTS[name](site, arguments, dice)
+            lines += found
+            # At once: of a run that is stopped, what was counted is left.
+            print(f"{name}: {time.monotonic() - started:.0f} s\n{table(found)}", file=sys.stderr, flush=True)
     return lines
 
 
@@ -122,6 +143,7 @@ class Site:
     other: Path
     seconds: float  # from the claim of the directory to the end
     sealing: float
+    calibrating: float
 
     @classmethod
     def make(cls, folder: Path, arguments: argparse.Namespace) -> Site:
@@ -145,12 +167,20 @@ class Site:
         model.save_pretrained(folder / "teacher")
         rows = [{"text": text[: 60 + 7 * index]} for index, text in enumerate(texts[: arguments.documents])]
         (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        teacher = TransformersTeacher(str(folder / "teacher"), StatisticsOptions(TOP_N, (), TAIL_SAMPLES, 0))
-        site = cls(folder, teacher, folder / "whole", folder / "small", folder / "other", 0.0, 0.0)
+        kept = StatisticsOptions(
+            TOP_N,
+            tail_samples=TAIL_SAMPLES,
+            tail_epsilon=TAIL_EPSILON,
+            sketch_rank=SKETCH_RANK,
+            residual_samples=RESIDUAL_SAMPLES,
+        )
+        teacher = TransformersTeacher(str(folder / "teacher"), kept)
+        site = cls(folder, teacher, folder / "whole", folder / "small", folder / "other", 0.0, 0.0, 0.0)
         _import_all()
         site.made(site.whole)  # the first one is slower
         shutil.rmtree(site.whole)
         site.seconds = site.made(site.whole)
+        site.calibrating = min(site.claimed(folder / f"calibrated-{turn}") for turn in range(3))
         sealed = [_without_seal(site, folder / f"sealing-{turn}") for turn in range(3)]
         site.sealing = min(site.start(path, moment="sealing").wait().seconds for path in sealed)
         site.made(site.small, "--limit", 2)
@@ -158,6 +188,16 @@ class Site:
         other.write_text((folder / "corpus.jsonl").read_text().replace(rows[0]["text"][5], "#"))
         site.made(site.other, "--dataset", other)
         return site
+
+    def claimed(self, output: Path) -> float:
+        """Seconds from the beginning of the calibration until there is a manifest, undisturbed."""
+        running = self.start(output, moment="calibrating")
+        running.reached()
+        while not (output / "manifest.json").exists() and running.child.exitcode is None:
+            time.sleep(0.001)
+        seconds = time.monotonic() - running.since
+        running.wait()
+        return seconds
 
     def made(self, output: Path, *more: object) -> float:
         """The undisturbed command; returns its seconds."""
@@ -172,10 +212,12 @@ class Site:
     def words(self, output: Path) -> list[str]:
         given = ["--teacher", self.folder / "teacher", "--dataset", self.folder / "corpus.jsonl", "--output", output]
         kept = ["--engine", "transformers", "--top-n", TOP_N, "--tail-samples", TAIL_SAMPLES, "--dtype", "float32"]
+        kept += ["--tail-epsilon", TAIL_EPSILON, "--sketch-rank", SKETCH_RANK, "--residual-samples", RESIDUAL_SAMPLES]
         return [str(word) for word in ["cache-teacher", *given, *kept, "--shard-tokens", 90, "--processes", 1]]
 
     def start(self, output: Path, *more: object, moment: str = "claiming", file_bytes: int = 0) -> Running:
-        """The command in a process of its own. moment: what `Running.reached` waits for, `claiming` or `sealing`.
+        """The command in a process of its own. moment: what `Running.reached` waits for, `calibrating`,
+        `claiming` or `sealing`.
 
         file_bytes: beyond which no file of that process may grow.
         """
@@ -220,6 +262,8 @@ def _command(words: list[str], teacher: Any, moment: str, signal_to: int, errors
     caching.load_teacher = lambda prepared: teacher  # type: ignore[assignment]
     if moment == "claiming":
         caching.run = telling(caching.run)
+    elif moment == "calibrating":
+        caching.calibrate = telling(caching.calibrate)
     else:
         Cache.seal = telling(Cache.seal)  # type: ignore[method-assign]
     from pipeline.cli import run as run_command
@@ -280,7 +324,7 @@ def _without_seal(site: Site, target: Path) -> Path:
     """A cache with every receipt, which only has to be sealed."""
     shutil.copytree(site.whole, target)
     for path in target.iterdir():
-        if path.is_file() and path.name != "manifest.json":
+        if path.is_file() and path.name not in ("manifest.json", SKETCH):
             path.unlink()
     return target
 
@@ -340,6 +384,31 @@ def kills(site: Site, arguments: argparse.Namespace, dice: random.Random) -> lis
     return [line]
 
 
+def calibrations(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list[Line]:
+    line = Line("SIGKILL while calibrating the sketch")
+    late = sketches = caches = 0
+    while line.tried < arguments.calibrations:
+        folder = site.folder / "uncalibrated"
+        running = site.start(folder, moment="calibrating")
+        running.reached()
+        time.sleep(dice.uniform(0, 1.2 * site.calibrating))
+        running.kill()
+        if running.wait().code == -signal.SIGKILL:
+            line.tried += 1
+            caches += (folder / "manifest.json").exists()
+            sketches += (folder / SKETCH).exists() and not (folder / "manifest.json").exists()
+            if folder.exists():
+                line.failures += _amiss(site, folder, set())
+            line.failures += _finished(site, folder)
+        else:
+            late += 1
+        shutil.rmtree(folder)
+    line.notes = (
+        f"{sketches} kills left a sketch without a cache, {caches} a cache that names it; {late} more came too late"
+    )
+    return [line]
+
+
 def seals(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list[Line]:
     line = Line("SIGKILL while sealing")
     states: set[frozenset[str]] = set()
@@ -394,7 +463,9 @@ def rivals(site: Site, arguments: argparse.Namespace, dice: random.Random) -> li
         ends = [running.wait() for running in started]
         line.tried += 1
         won = [index for index, ended in enumerate(ends) if ended.code == 0]
-        if len(won) != 1 or ends[1 - won[0]].code != 2 or "another cache" not in ends[1 - won[0]].sentence:
+        # The directory is whose sketch came first, or where both have the same one, whose manifest did.
+        told = ("another cache", "another command left this sketch")
+        if len(won) != 1 or ends[1 - won[0]].code != 2 or not any(words in ends[1 - won[0]].sentence for words in told):
             line.failures.append(f"pair {pair}: {[(ended.code, ended.errors[-200:]) for ended in ends]}")
         elif won[0] == 0:
             line.failures += _amiss(site, folder, set())
@@ -544,7 +615,8 @@ def cuts(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list
     files = damage.files_of(site.small)
 
     def stride(name: str) -> int:
-        return arguments.cuts if len(files[name]) > BLOCK else max(1, arguments.cuts // 16)
+        large = len(files[name]) > BLOCK and name != SKETCH
+        return arguments.cuts if large else max(1, arguments.cuts // 16)
 
     return _damaged(arguments, "cut short", site.small, list(damage.truncations(files, stride)))
 
@@ -558,12 +630,13 @@ def misplaced(site: Site, arguments: argparse.Namespace, dice: random.Random) ->
 
 def edits(site: Site, arguments: argparse.Namespace, dice: random.Random) -> list[Line]:
     files = damage.files_of(site.small)
-    names = [name for name in files if name.endswith(".json") and not name.startswith("tokenizer/")]
+    names = [name for name in files if name.endswith((".json", ".safetensors")) and not name.startswith("tokenizer/")]
     return _damaged(arguments, "edited", site.small, list(damage.edits(files, names))[:: arguments.others])
 
 
 _PARTS: dict[str, Callable[[Site, argparse.Namespace, random.Random], list[Line]]] = {
     "kills": kills,
+    "calibrations": calibrations,
     "seals": seals,
     "writers": writers,
     "rivals": rivals,

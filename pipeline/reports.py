@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.numbers import format_bytes
+from pipeline.progress import summary
 
 if TYPE_CHECKING:
     from stages.summary import Summary
     from storage.cache import Cache
+
+
+def show_cache(cache: Cache, numbers: Summary) -> None:
+    """Where a cache that was just made is, and what describes it."""
+    summary("cache", [("where", cache.path), *summary_rows(cache, numbers)])
 
 
 def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:

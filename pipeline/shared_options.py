@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from stages.engines import EngineOptions
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -23,3 +26,12 @@ def options_of(command: click.Command, names: Collection[str]) -> Callable[[_Fun
         return function
 
     return give
+
+
+def engine_options(given: dict[str, Any]) -> EngineOptions:
+    """The teacher and what runs it, taken out of a command's parameters."""
+    from dataclasses import fields
+
+    from stages.engines import EngineOptions
+
+    return EngineOptions(**{field.name: given.pop(field.name) for field in fields(EngineOptions)})

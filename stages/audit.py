@@ -8,7 +8,7 @@ there is numerical noise, and a cache is judged by how far it is from its teache
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,16 +149,16 @@ def prepare(options: AuditOptions) -> PreparedAudit:
     stock = engine.vllm_route == "prompt-logprobs"
     elsewhere = stock or engine.engine == "server" or engine.server_url is not None
     sketch = None if elsewhere else scoring.sketch
-    statistics = StatisticsOptions(
-        scoring.top_n,
-        () if stock else scoring.temperatures,
-        0 if stock else scoring.tail_samples,
-        scoring.seed,
-        scoring.tail_epsilon,
-        scoring.min_n,
+    least = StatisticsOptions(scoring.top_n, seed=scoring.seed, tail_epsilon=scoring.tail_epsilon, min_n=scoring.min_n)
+    statistics = replace(
+        least,
+        temperatures=scoring.temperatures,
+        tail_samples=scoring.tail_samples,
         sketch_rank=sketch.rank if sketch else 0,
         residual_samples=sketch.residual_samples if sketch else 0,
     )
+    if stock:
+        statistics = least
     sample = draw(cache, options.sequences, options.share, options.seed)
     choice = choose(
         engine,
@@ -166,7 +166,10 @@ def prepare(options: AuditOptions) -> PreparedAudit:
         max_length=scoring.max_length,
         vocabulary_size=vocabulary,
         there=scoring.engine,
+        without_pooler=least,
     )
+    if not choice.gives_entropy:  # by vLLM's stock API, of a server too
+        statistics = least
     if options.dtype is not None:
         dtype = options.dtype
     else:

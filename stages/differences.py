@@ -103,7 +103,7 @@ class Differences:
                 np.maximum(0, apart(_wide(ours, "entropy"), _wide(live, "entropy")) - _rounding(entropy, 16))
             )
         self._add_entries(ours, live, (gold, live_gold), (tail, live_tail))
-        if len(live.lists.get("tail_samples", mask).values) and "tail_samples" in ours.lists:
+        if "tail_samples" in ours.lists and "tail_samples" in live.lists:
             drawn, live_drawn = (rows["tail_samples"].values for rows in (ours, live))
             self._samples += len(drawn)
             self._other_samples += int((drawn != live_drawn).sum())

@@ -55,9 +55,17 @@ class Choice:
 
 
 def choose(
-    options: EngineOptions, statistics: StatisticsOptions, *, max_length: int, vocabulary_size: int, there: str | None
+    options: EngineOptions,
+    statistics: StatisticsOptions,
+    *,
+    max_length: int,
+    vocabulary_size: int,
+    there: str | None,
+    without_pooler: StatisticsOptions | None = None,
 ) -> Choice:
     """Decide without loading weights. `there`: the engine of a cache that is to be gone on with, which `auto` follows.
+
+    without_pooler: what a server that has not our pooler is asked for, if that may be less.
 
     Raises UserError for an engine that is not installed, cannot serve the teacher or give the statistics.
     """
@@ -67,7 +75,7 @@ def choose(
     if engine == "auto":
         engine, reason = _automatic(options, there)
     if engine == "server":
-        return _server(options, statistics, max_length, vocabulary_size)
+        return _server(options, statistics, max_length, vocabulary_size, without_pooler)
     if options.server_url:
         raise UserError(f"--server-url belongs to --engine server, not to {engine}")
     if engine != "vllm":
@@ -100,7 +108,13 @@ def _automatic(options: EngineOptions, there: str | None) -> tuple[str, str]:
     return ("vllm" if serves else "transformers"), why
 
 
-def _server(options: EngineOptions, statistics: StatisticsOptions, max_length: int, vocabulary_size: int) -> Choice:
+def _server(
+    options: EngineOptions,
+    statistics: StatisticsOptions,
+    max_length: int,
+    vocabulary_size: int,
+    without_pooler: StatisticsOptions | None,
+) -> Choice:
     if not options.server_url:
         raise UserError("--engine server needs --server-url http://host:port")
     from stages.teacher_server import ServerTeacher
@@ -112,6 +126,7 @@ def _server(options: EngineOptions, statistics: StatisticsOptions, max_length: i
         model=options.server_model,
         vocabulary_size=vocabulary_size,
         concurrency=options.server_concurrency,
+        without_pooler=without_pooler,
     )
     return Choice(teacher.description.name, teacher.description.reason, teacher)
 

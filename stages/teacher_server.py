@@ -84,6 +84,7 @@ class ServerTeacher(Teacher):
         concurrency: int = 32,
         api_key: str | None = None,
         patience: Patience | None = None,
+        without_pooler: StatisticsOptions | None = None,
     ) -> None:
         if concurrency < 1:
             raise UserError(f"--server-concurrency {concurrency}: give at least 1")
@@ -95,6 +96,7 @@ class ServerTeacher(Teacher):
             self._model, longest = self._choose_model(model)
             self.uses_pooler = self._find_pooler(vocabulary_size)
             if not self.uses_pooler:
+                self.options = without_pooler or options
                 self._check_completions(vocabulary_size)
             # A completion has at least one id, even when nobody wants it.
             room = 0 if self.uses_pooler else 1
@@ -302,7 +304,8 @@ class ServerTeacher(Teacher):
 def _unpack(body: bytes) -> PackedStatistics:
     if len(body) % 4:
         raise ValueError(f"an answer of {len(body)} bytes is no list of float32")
-    return PackedStatistics.unpack(np.frombuffer(body, "<f4").astype(np.float32, copy=False))
+    # A copy, which may be written to, as torch wants it.
+    return PackedStatistics.unpack(np.frombuffer(body, "<f4").astype(np.float32))
 
 
 def _without_seed(options: StatisticsOptions) -> StatisticsOptions:

@@ -23,7 +23,9 @@ class Ragged:
     def from_lists(cls, lists: Sequence[np.ndarray], dtype: np.dtype | type) -> Ragged:
         offsets = np.zeros(len(lists) + 1, np.int64)
         np.cumsum([len(item) for item in lists], out=offsets[1:])
-        values = np.concatenate(lists).astype(dtype, copy=False) if lists else np.zeros(0, dtype)
+        values = np.empty(offsets[-1], dtype)
+        if lists:
+            np.concatenate(lists, out=values, casting="unsafe")
         return cls(values, offsets)
 
     @classmethod

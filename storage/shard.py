@@ -26,8 +26,7 @@ from storage.places import Place
 from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
 
-# By column, where it is not ZSTD_LEVEL: ids in the order of their probability gain nothing from a higher one.
-ZSTD_LEVEL, ZSTD_LEVELS = 3, {"top_ids": 1}
+_ZSTD_LEVEL = 3
 # A uint8 is an int32 to Parquet: split, its three zero bytes cost nothing.
 _SPLIT = (pa.int32(), pa.float32(), pa.uint8())
 # Offsets into a column of a shard are int32.
@@ -62,18 +61,27 @@ def write_table(path: Place, table: pa.Table, split_bytes: Sequence[str]) -> Wri
             table,
             pa.PythonFile(file, "w"),
             compression="zstd",
-            compression_level={
-                f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name: ZSTD_LEVELS.get(
-                    field.name, ZSTD_LEVEL
-                )
-                for field in table.schema
-            },
+            compression_level=dict(map(_zstd_level, table.schema)),
             use_dictionary=False,
             use_byte_stream_split=list(split_bytes) or False,
+            # The least and the most of a list's values help nobody, and to find them is a tenth of the writing.
+            write_statistics=[field.name for field in table.schema if not pa.types.is_list(field.type)] or False,
             write_page_checksum=True,
             store_schema=True,
         )
     return Written(file.size, file.sha256)
+
+
+def _zstd_level(field: pa.Field) -> tuple[str, int]:
+    """The leaf of a column and its level."""
+    if not pa.types.is_list(field.type):
+        return field.name, _ZSTD_LEVEL
+    level = _ZSTD_LEVEL
+    if field.name == schema.TOP_IDS.name:
+        level = 1  # in the order of their probability, ids gain nothing from a higher one
+    elif field.name == schema.TOP_LOGPROBS.name and field.type.value_type == pa.float16():
+        level = 2  # 3 would take an eighth less of this column, and at N=64 a quarter off the speed of writing
+    return f"{field.name}.list.element", level
 
 
 def shard_metadata(manifest: Manifest, index: int) -> dict[bytes, bytes]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipeline.threads import bound_spinning
+from tests.pipeline.with_vllm import Forks
 from tests.storage.s3 import Proxy, proxy_to
 
 # Before torch is imported: threads that wait by spinning starve the processes that some tests start.
@@ -148,6 +149,14 @@ def cache_path(tiny: Tiny, make_cache: Callable[..., Any]) -> Path:
     path = tiny.root / "cache"
     make_cache(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """A process that has imported vLLM, and starts others."""
+    forks = Forks(tmp_path_factory.mktemp("stderr"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

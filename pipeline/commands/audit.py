@@ -10,7 +10,7 @@ import click
 from pipeline.commands import cache_teacher
 from pipeline.config_file import config_option
 from pipeline.progress import Progress, summary, table
-from pipeline.shared_options import options_of
+from pipeline.shared_options import engine_options, options_of
 from storage.errors import RunError
 
 # The teacher and what runs it, as for cache-teacher.
@@ -68,13 +68,12 @@ def command(directory: str, as_json: bool, **given: Any) -> None:
       pipeline audit cache/ --teacher ./teacher
       pipeline audit s3://bucket/cache --teacher Qwen/Qwen3-8B --sequences 256 --json
     """
-    from dataclasses import asdict, fields
+    from dataclasses import asdict
 
     from stages.audit import AuditOptions, prepare, run
     from stages.differences import MEASURES
-    from stages.engines import EngineOptions
 
-    engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})
+    engine = engine_options(given)
     prepared = prepare(AuditOptions(directory, engine, **given))
     click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason}), {prepared.dtype}", err=True)
     for difference in prepared.identity_differences:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.config_file import config_option, key_value_option
-from pipeline.progress import Progress, summary
+from pipeline.progress import Progress
+from pipeline.reports import show_cache
+from pipeline.shared_options import engine_options
 
 if TYPE_CHECKING:
     from stages.caching import CacheOptions
@@ -234,23 +236,17 @@ def command(**given: Any) -> None:
             cache, numbers = run(prepared, progress.advance)
     else:
         cache, numbers = run(prepared, lambda tokens: None)
-    from pipeline.reports import summary_rows
-
-    summary("cache", [("where", cache.path), *summary_rows(cache, numbers)])
+    show_cache(cache, numbers)
 
 
 def cache_options(given: dict[str, Any]) -> CacheOptions:
     """What this command's parameters ask for."""
-    from dataclasses import fields
-
     from stages.caching import CacheOptions
-    from stages.engines import EngineOptions
 
     names = ("text_column", "prompt_column", "completion_column", "messages_column", "tools_column")
     columns = {name: given.pop(name) for name in names}
     given["logprob_bits"] = int(given["logprob_bits"])
-    engine = EngineOptions(**{f.name: given.pop(f.name) for f in fields(EngineOptions)})
-    return CacheOptions(engine, columns=columns, **given)
+    return CacheOptions(engine_options(given), columns=columns, **given)
 
 
 def report_corpus(report: CorpusReport) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from pipeline.progress import Progress, summary
+from pipeline.derived_cache import derive
 
 
 @click.command("merge")
@@ -24,15 +24,7 @@ def command(sources: tuple[str, ...], output: str) -> None:
       pipeline merge code/ chats/ -o both/
       pipeline merge s3://bucket/a s3://bucket/b -o s3://bucket/ab
     """
-    from stages.derivation import plan_merge, write
+    from stages.derivation import plan_merge
     from storage.cache import Cache
 
-    derivation = plan_merge([Cache.open(source) for source in sources])
-    Cache.resume(output, derivation.manifest)
-    if not derivation.has_prior:
-        click.echo("the new cache has no tail prior: not every source has one", err=True)
-    with Progress("merging", derivation.manifest.corpus.tokens) as progress:
-        cache, numbers = write(derivation, output, progress.advance)
-    from pipeline.reports import summary_rows
-
-    summary("cache", [("where", cache.path), *summary_rows(cache, numbers)])
+    derive(plan_merge([Cache.open(source) for source in sources]), output, "merging", "not every source has one")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from pipeline.derived_cache import derive
 from pipeline.numbers import parse_range
-from pipeline.progress import Progress, summary
 
 
 @click.command("select")
@@ -62,7 +62,7 @@ def command(source: str, output: str, sequences: str | None, **given: object) ->
       pipeline select cache/ -o adaptive/ --tail-epsilon 0.02 --drop tail_samples
       pipeline select s3://bucket/cache -o sample/ --sequences 0:1000 --min-loss-share 0.1
     """
-    from stages.derivation import Selection, plan_selection, write
+    from stages.derivation import Selection, plan_selection
     from storage.cache import Cache
 
     opened = Cache.open(source)
@@ -74,12 +74,6 @@ def command(source: str, output: str, sequences: str | None, **given: object) ->
         logprob_bits=None if bits is None else int(str(bits)),
         **given,  # type: ignore[arg-type]
     )
-    derivation = plan_selection(opened, selection)
-    Cache.resume(output, derivation.manifest)
-    if not derivation.has_prior:
-        click.echo("the new cache has no tail prior: it is known for whole shards of a cache that has one", err=True)
-    with Progress("selecting", derivation.manifest.corpus.tokens) as progress:
-        cache, numbers = write(derivation, output, progress.advance)
-    from pipeline.reports import summary_rows
-
-    summary("cache", [("where", cache.path), *summary_rows(cache, numbers)])
+    derive(
+        plan_selection(opened, selection), output, "selecting", "it is known for whole shards of a cache that has one"
+    )

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import faults
 
-FEW = "--kills 5 --seals 3 --writers 2 --full 40 --read-only 1 --flips 1999 --cuts 8000 --others 9 --documents 4"
+FEW = "--kills 5 --calibrations 2 --seals 3 --writers 2 --full 40 --read-only 1"
+FEW += " --flips 1999 --cuts 8000 --others 9 --documents 4"
 
 
 def test_a_few_of_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,6 +17,7 @@ def test_a_few_of_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [line.failures for line in lines if line.failures] == []
     tried = {line.fault: line.tried for line in lines}
     assert tried["SIGKILL while caching"] == 5 and tried["SIGKILL while sealing"] == 3
+    assert tried["SIGKILL while calibrating the sketch"] == 2 and tried["one byte: `sketch.safetensors`"] > 1
     assert tried["one byte: `shards`"] >= 6 and tried["edited: `manifest.json`"] > 30
 
 

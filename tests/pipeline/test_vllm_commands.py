@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 from storage.cache import Cache
 from tests.conftest import Finished, Tiny, make_model
 from tests.pipeline.test_bad_input import one_sentence
+from tests.pipeline.with_vllm import Forks, Process
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -35,14 +34,11 @@ def teacher(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def words(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """One command, its engine inside its own process: that starts in half the time."""
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return subprocess.run(words(*arguments), capture_output=True, text=True, check=False, timeout=300, env=environment)
+def command(forks: Forks, *arguments: object) -> Process:
+    """One command, at its end; its engine inside its own process: that starts in less time."""
+    process = forks.start("pipeline.cli", *arguments, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    process.wait(300)
+    return process
 
 
 def caching(teacher: Path, tiny: Tiny, output: Path, *more: object) -> list[object]:
@@ -64,13 +60,13 @@ def by_transformers(teacher: Path, tiny: Tiny, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    teacher: Path, tiny: Tiny, by_transformers: Cache, tmp_path_factory: pytest.TempPathFactory
+    teacher: Path, tiny: Tiny, by_transformers: Cache, forks: Forks, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Cache, str]:
     """With the sketch of the other engine, so that codes can be compared."""
     path = tmp_path_factory.mktemp("undisturbed") / "cache"
-    done = command(*caching(teacher, tiny, path, "--sketch-from", by_transformers.path, *SKETCH[2:]))
-    assert done.returncode == 0, done.stderr
-    return Cache.open(path), done.stderr
+    done = command(forks, *caching(teacher, tiny, path, "--sketch-from", by_transformers.path, *SKETCH[2:]))
+    assert done.returncode == 0, done.said
+    return Cache.open(path), done.said
 
 
 def assert_equal(ours: Cache, theirs: Cache, tolerance: float) -> None:
@@ -126,22 +122,28 @@ def assert_sketch_as_transformers(ours: Cache, theirs: Cache) -> None:
 
 
 @needs_vllm
-def test_two_tensor_parallel_workers(by_transformers: Cache, teacher: Path, tiny: Tiny, tmp_path: Path) -> None:
+def test_two_tensor_parallel_workers(
+    by_transformers: Cache, teacher: Path, tiny: Tiny, tmp_path: Path, forks: Forks
+) -> None:
     arguments = ("--vllm-arg", "tensor_parallel_size=2", "--vllm-arg", "max_num_batched_tokens=512", *SKETCH)
-    process = start(*caching(teacher, tiny, tmp_path / "cache", *arguments))
+    # The scheduler with the command, the workers in processes of their own.
+    process = forks.start(
+        "pipeline.cli",
+        *caching(teacher, tiny, tmp_path / "cache", *arguments),
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
     workers = 0
     while process.poll() is None:
         workers = max(workers, named_workers(process))
         time.sleep(0.2)
-    assert process.stderr is not None
-    assert process.returncode == 0, process.stderr.read()
+    assert process.returncode == 0, process.said
     assert workers == 2
     cache = Cache.open(tmp_path / "cache")
     assert_as_transformers(cache, by_transformers)
     assert_sketch_as_transformers(cache, by_transformers)
 
 
-def named_workers(process: subprocess.Popen[str]) -> int:
+def named_workers(process: Process) -> int:
     """How many of vLLM's workers run below a command."""
     import psutil
 
@@ -153,7 +155,7 @@ def named_workers(process: subprocess.Popen[str]) -> int:
     return sum("Worker_TP" in title or "VLLM::Worker" in title for title in titles)
 
 
-def kill_engine(process: subprocess.Popen[str], ready: Callable[[], bool]) -> str:
+def kill_engine(process: Process, ready: Callable[[], bool]) -> str:
     """Let a command run until `ready`, kill the processes of its engine, and return what it then said."""
     import psutil
 
@@ -165,7 +167,8 @@ def kill_engine(process: subprocess.Popen[str], ready: Callable[[], bool]) -> st
         # Python's own helper, which cleans up after the others, stays.
         if "resource_tracker" not in " ".join(child.cmdline()):
             os.kill(child.pid, signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    process.wait(120)
+    said = process.said
     if process.returncode == 0:
         pytest.fail("the run had ended before its engine was killed; give it more to do")
     assert process.returncode == 1, said
@@ -175,31 +178,28 @@ def kill_engine(process: subprocess.Popen[str], ready: Callable[[], bool]) -> st
     return said
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(words(*arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
 @needs_vllm
 def test_a_killed_engine_is_one_sentence_and_the_same_command_goes_on(
-    undisturbed: tuple[Cache, str], by_transformers: Cache, teacher: Path, tiny: Tiny, tmp_path: Path
+    undisturbed: tuple[Cache, str], by_transformers: Cache, teacher: Path, tiny: Tiny, tmp_path: Path, forks: Forks
 ) -> None:
     arguments = caching(teacher, tiny, tmp_path / "cache", "--sketch-from", by_transformers.path, *SKETCH[2:])
     receipts = tmp_path / "cache" / "shards"
-    kill_engine(start(*arguments), lambda: any(receipts.glob("*.json")))
+    kill_engine(forks.start("pipeline.cli", *arguments), lambda: any(receipts.glob("*.json")))
     done = len(list(receipts.glob("*.json")))
     assert 0 < done < len(undisturbed[0].manifest.shards)
-    again = command(*arguments)
-    assert again.returncode == 0, again.stderr
-    assert f"{done} of {len(undisturbed[0].manifest.shards)} shards are done already" in again.stderr
+    again = command(forks, *arguments)
+    assert again.returncode == 0, again.said
+    assert f"{done} of {len(undisturbed[0].manifest.shards)} shards are done already" in again.said
     assert_equal(Cache.open(tmp_path / "cache"), undisturbed[0], 0)
 
 
 @needs_vllm
-def test_a_killed_engine_ends_generation_too(teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_engine_ends_generation_too(teacher: Path, tmp_path: Path, forks: Forks) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"x = {i}"}) + "\n" for i in range(600)))
     partial = tmp_path / "out.jsonl.partial"
-    process = start(
+    process = forks.start(
+        "pipeline.cli",
         *("generate", "--model", teacher, "--prompts", prompts, "--output", tmp_path / "out.jsonl"),
         *("--max-new-tokens", 60),
     )
@@ -210,7 +210,7 @@ def test_a_killed_engine_ends_generation_too(teacher: Path, tmp_path: Path) -> N
 
 @needs_vllm
 def test_completions_resume_and_are_scored(
-    teacher: Path, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]
+    teacher: Path, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished], forks: Forks
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"def f{i}(x):\n", "kind": i}) + "\n" for i in range(6)))
@@ -219,11 +219,11 @@ def test_completions_resume_and_are_scored(
         base = ["generate", "--model", teacher, "--prompts", prompts, "--output", output, "--max-new-tokens", 8]
         return [*base, "--samples", 2, *more]
 
-    def generate(output: Path, *more: object) -> subprocess.CompletedProcess[str]:
-        return command(*generating(output, *more))
+    def generate(output: Path, *more: object) -> Process:
+        return command(forks, *generating(output, *more))
 
     whole = generate(tmp_path / "whole.jsonl")
-    assert whole.returncode == 0, whole.stderr
+    assert whole.returncode == 0, whole.said
     rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["sample"]) for row in rows] == [(i, s) for i in range(6) for s in (0, 1)]
     assert all(row["prompt"] == f"def f{row['kind']}(x):\n" and isinstance(row["completion"], str) for row in rows)
@@ -237,7 +237,7 @@ def test_completions_resume_and_are_scored(
     one_sentence(refused, 2, "--vllm-arg no_such: vLLM has no such engine argument")
     assert not list(tmp_path.glob("again*"))
     started = generate(tmp_path / "other.jsonl", "--token-ids")
-    assert started.returncode == 0, started.stderr
+    assert started.returncode == 0, started.said
     from stages.generation import GenerateOptions, prepare
     from storage.files import write_json
 
@@ -245,8 +245,8 @@ def test_completions_resume_and_are_scored(
     write_json(Path(f"{partial}.json"), prepare(options).identity)
     partial.write_bytes(b"".join(lines[:5]) + lines[5][:7])
     resumed = generate(tmp_path / "again.jsonl")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "5 of 12 completions are there already" in resumed.stderr
+    assert resumed.returncode == 0, resumed.said
+    assert "5 of 12 completions are there already" in resumed.said
     assert (tmp_path / "again.jsonl").read_bytes() == b"".join(lines)
 
     one_sentence(pipeline(*generating(tmp_path / "again.jsonl")), 2, "exists already")

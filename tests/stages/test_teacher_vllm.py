@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +165,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @pytest.fixture(scope="class")
 def in_process() -> Iterator[None]:
-    """The engine's core in this process: one process less to start, for the tests that do not kill it."""
+    """The engine's core in this process: one process less to start. test_vllm_commands.py has it apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield
@@ -277,7 +275,7 @@ class TestPooling:
 
 
 @pytest.fixture(scope="class")
-def chunked(llama: tuple[Path, Any]) -> Iterator[VllmTeacher]:
+def chunked(llama: tuple[Path, Any], in_process: None) -> Iterator[VllmTeacher]:
     arguments = {"max_num_batched_tokens": "64", "max_num_seqs": 16, "enable_prefix_caching": "true"}
     teacher = VllmTeacher(str(llama[0]), OPTIONS, max_length=LONGEST, engine_args=arguments)
     yield teacher
@@ -285,8 +283,8 @@ def chunked(llama: tuple[Path, Any]) -> Iterator[VllmTeacher]:
 
 
 @needs_vllm
-class TestChunkedInItsOwnProcess:
-    """Llama-shaped, untied head, 64 tokens a step, prefix caching on; the engine's core runs where a GPU has it."""
+class TestChunked:
+    """Llama-shaped, untied head, 64 tokens a step, prefix caching on."""
 
     def test_equal_to_transformers(self, chunked: VllmTeacher, llama: tuple[Path, Any]) -> None:
         sequences = shared_prefix(make_sequences(LENGTHS))
@@ -294,21 +292,6 @@ class TestChunkedInItsOwnProcess:
             scored = chunked.score(sequences, nothing)
             assert_scored(scored, sequences, llama[1], OPTIONS)
         assert_samples(scored, sequences, llama[1], OPTIONS)
-
-    def test_a_killed_engine_is_a_run_error(self, chunked: VllmTeacher) -> None:
-        """The last test of this engine."""
-        assert chunked._engine is not None
-        (core,) = chunked._engine.engine_core.resources.engine_manager.processes
-
-        def kill(_: int) -> None:
-            if core.is_alive():
-                os.kill(core.pid, signal.SIGKILL)
-
-        with pytest.raises(RunError, match=r"engine died.*start the same command again to go on") as caught:
-            chunked.score(make_sequences([250] * 40), kill)
-        assert "\n" not in str(caught.value)
-        with pytest.raises(RunError):
-            chunked.score(make_sequences([25] * 4), nothing)
 
 
 @pytest.fixture(scope="class", params=["Llama-shaped, untied head", "Qwen-shaped, tied head, chunked"])

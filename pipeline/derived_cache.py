@@ -1,0 +1,30 @@
+"""How `pipeline select` and `pipeline merge` end: the cache is made, or gone on with, and described."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.progress import Progress
+from pipeline.reports import show_cache
+
+if TYPE_CHECKING:
+    from stages.derivation import Derivation
+
+
+def derive(derivation: Derivation, output: str, doing: str, without_prior: str) -> None:
+    """Make it at `output`, a directory or URL.
+
+    doing: for the progress. without_prior: said where the new cache has no tail prior. Raises CacheError for an output
+    that is another cache, or a source that cannot be read.
+    """
+    from stages.derivation import write
+    from storage.cache import Cache
+
+    Cache.resume(output, derivation.manifest)
+    if not derivation.has_prior:
+        click.echo(f"the new cache has no tail prior: {without_prior}", err=True)
+    with Progress(doing, derivation.manifest.corpus.tokens) as progress:
+        cache, numbers = write(derivation, output, progress.advance)
+    show_cache(cache, numbers)
