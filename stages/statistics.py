@@ -292,8 +292,8 @@ def _residual(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids `[C, M]` and their mass `[C]`, see RowStatistics.
 
-    tail_e: `[C, V]`, in proportion to p outside the kept set, and tail `[C]`, its sum; sketch_e: the same of w, which is
-    overwritten, and sketch_z its sum.
+    tail_e: `[C, V]`, in proportion to p outside the kept set, and tail `[C]`, its sum. sketch_e: the same of w, which
+    is overwritten, and sketch_z its sum.
     """
     empty = (tail == 0) | (sketch_z == 0)
     # On the tail's own scale: a light one needs no division that might overflow.
