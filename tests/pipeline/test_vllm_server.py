@@ -234,9 +234,9 @@ def test_the_cache_is_the_one_of_transformers(
 def test_an_audit_by_a_server(server: Running, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]) -> None:
     """Passes what is right, and finds numbers that are not, by a hundredth of a nat.
 
-    A server without our pooler is not asked for the samples and the temperature that the cache has.
+    No server is asked for the codes of a sketch, and one without our pooler for no samples and temperatures.
     """
-    more = () if server.pooled else ("--temperature", 2, "--tail-samples", 2)
+    more = ("--sketch-rank", 4, *(() if server.pooled else ("--temperature", 2, "--tail-samples", 2)))
     made = pipeline(*caching(server, tiny, tmp_path / "cache", "--engine", "transformers", "--limit", 15, *more))
     assert made.code == 0, made.err
     asked = ("--teacher", server.path, "--engine", "server", "--server-url", server.url, "--sequences", 6, "--json")
