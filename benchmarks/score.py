@@ -16,6 +16,9 @@ process of its own with one engine; the routes take turns, round after round, so
 not favour one. Ratios are medians over rounds against the ceiling of the same round. Memory is the peak of the whole
 process tree while scoring, above what it was when the engine had started and warmed up. The teacher is random: a
 Qwen3-shaped model, hidden 256, 4 layers, its head scaled up so that it is sure of things.
+
+`--tail-samples`, or `--sketch-rank` with `--residual-samples`, are for the routes `pooling` and `transformers` alone; a
+sketch is calibrated before the time is taken.
 """
 
 from __future__ import annotations
@@ -49,6 +52,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tail-samples", type=int, default=0, help="for each position, from its tail")
+    parser.add_argument("--sketch-rank", type=int, default=0, help="codes for each position; 0 for no sketch")
+    parser.add_argument("--residual-samples", type=int, default=0, help="for each position, of what the sketch misses")
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
     parser.add_argument("--serve", choices=ROUTES, help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -56,6 +62,10 @@ def main() -> None:
     if arguments.serve:
         serve(arguments)
         return
+    if (arguments.tail_samples or arguments.sketch_rank) and {"flat", "flat-ours", "dicts"}.intersection(
+        arguments.routes
+    ):
+        parser.error("vLLM's own routes give log-probabilities alone; choose --routes pooling or transformers")
     with tempfile.TemporaryDirectory() as folder:
         arguments.model = str(make_teacher(Path(folder) / "teacher", arguments))
         show(arguments, measure(arguments))
@@ -77,13 +87,16 @@ def make_teacher(path: Path, arguments: argparse.Namespace) -> Path:
 def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Rounds of each route. Engines of all routes would not fit in memory at once: one is up at a time."""
     names = ("model", "vocabulary", "top_n", "prompt_length", "tokens", "dtype")
+    names += ("tail_samples", "sketch_rank", "residual_samples")
     return take_turns("benchmarks.score", "--serve", arguments.routes, names, arguments)
 
 
 def show(arguments: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
     print(
         f"V={arguments.vocabulary}, N={arguments.top_n}, prompts of {arguments.prompt_length}, "
-        f"{arguments.tokens} tokens a round, {arguments.rounds} rounds, {arguments.dtype}, {os.cpu_count()} cores\n"
+        f"{arguments.tokens} tokens a round, {arguments.rounds} rounds, {arguments.dtype}, {os.cpu_count()} cores; "
+        f"{arguments.tail_samples} tail samples, a sketch of rank {arguments.sketch_rank}, "
+        f"{arguments.residual_samples} residual samples\n"
     )
     print("| route | tokens/s | of the ceiling | ours is | memory growth MB |")
     print("| --- | ---: | ---: | ---: | ---: |")
@@ -117,7 +130,7 @@ def serve(arguments: argparse.Namespace) -> None:
         ]
 
     job = JOBS[arguments.serve](arguments)
-    # Two full steps of the engine, so that its buffers have their size.
+    # Two full steps of the engine, so that its buffers have their size; a sketch is calibrated on them.
     job(prompts(8192))
     work = prompts(arguments.tokens)
     with PeakMemory() as memory:
@@ -142,8 +155,13 @@ def teacher_job(make: Callable[[], Any], arguments: argparse.Namespace) -> Job:
     from stages.caching import rows_from_scored
 
     teacher = make()
+    sketched = False
 
     def score(sequences: list[Any]) -> Any:
+        nonlocal sketched
+        if arguments.sketch_rank and not sketched:
+            teacher.use_sketch(teacher.calibrate(sequences, arguments.sketch_rank, lambda tokens: None))
+            sketched = True
         scored = teacher.score(sequences, lambda tokens: None)
         return rows_from_scored(scored.sequences, scoring(arguments, entropy=scored.tail_prior_sum is not None))
 
@@ -176,20 +194,39 @@ def write(rows: Any, arguments: argparse.Namespace) -> None:
 
 
 def scoring(arguments: argparse.Namespace, *, entropy: bool) -> Any:
-    from storage.manifest import ScoringOptions
+    from storage.manifest import ScoringOptions, SketchIdentity
 
+    sketch = None
+    if arguments.sketch_rank:
+        sketch = SketchIdentity(rank=arguments.sketch_rank, residual_samples=arguments.residual_samples, positions=1)
     return ScoringOptions(
-        engine="benchmark", dtype=arguments.dtype, top_n=arguments.top_n, entropy=entropy, max_length=1 << 20
+        engine="benchmark",
+        dtype=arguments.dtype,
+        top_n=arguments.top_n,
+        tail_samples=arguments.tail_samples,
+        sketch=sketch,
+        entropy=entropy,
+        max_length=1 << 20,
+    )
+
+
+def kept(arguments: argparse.Namespace) -> Any:
+    from stages.statistics import StatisticsOptions
+
+    return StatisticsOptions(
+        arguments.top_n,
+        tail_samples=arguments.tail_samples,
+        sketch_rank=arguments.sketch_rank,
+        residual_samples=arguments.residual_samples,
     )
 
 
 def vllm_teacher(arguments: argparse.Namespace, route: str) -> Any:
-    from stages.statistics import StatisticsOptions
     from stages.teacher_vllm import VllmTeacher
 
     return VllmTeacher(
         arguments.model,
-        StatisticsOptions(arguments.top_n),
+        kept(arguments),
         max_length=arguments.prompt_length,
         dtype=arguments.dtype,
         route=route,  # type: ignore[arg-type]
@@ -197,12 +234,9 @@ def vllm_teacher(arguments: argparse.Namespace, route: str) -> Any:
 
 
 def transformers_teacher(arguments: argparse.Namespace) -> Any:
-    from stages.statistics import StatisticsOptions
     from stages.teacher_transformers import TransformersTeacher
 
-    return TransformersTeacher(
-        arguments.model, StatisticsOptions(arguments.top_n), dtype=arguments.dtype, batch_tokens=4096
-    )
+    return TransformersTeacher(arguments.model, kept(arguments), dtype=arguments.dtype, batch_tokens=4096)
 
 
 def only_top_k(worker: Any) -> None:

@@ -7,14 +7,18 @@ are computed, reduced to those numbers, and the objective's small gradient is ex
     d loss / d z_v  =  d loss / d tail * softmax_tail(v) + d loss / d expected * shape(v)   for v in the tail,
 
 (a sketch that is compared in another way than forward KL has `spread` and its slope in the place of the latter) and the
-kept ids' own entries elsewhere. It is multiplied back into hidden states and head weights before the slice is
-dropped, so the gradients are ready when the forward pass ends and `backward` only scales them. One `exp` per logit and
-three matrix products are all there is, as in plain cross-entropy.
+kept ids' own entries elsewhere. It takes the place of the logits and is multiplied back into hidden states and head
+weights before the slice is dropped, so the gradients are ready when the forward pass ends and `backward` only scales
+them. One `exp` per logit and three matrix products are all there is, as in plain cross-entropy; a sketch adds a thin
+product and an `exp` of its own.
+
+A slice is as large as its memory may be, since the head's weights are read for each one. From logits to gradient it is
+gone through in blocks that a CPU's cache holds, and what a sketch gives back is never larger than a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +39,10 @@ from stages.divergence import (
 )
 from stages.tail import Tail
 
-# Rows that are worked on at once where they should stay in a CPU's cache: measured at V = 32,000 and 152,000.
-_CACHED_ROWS = 32
+# fp32 logits of a block for each thread of a CPU: measured on two at V = 32,000 and 152,000.
+_BLOCK_BYTES = 8 << 20
 
-# Loss of the rows of a slice, as a sum: (terms of the slice, which rows they are) -> scalar.
+# Loss of the rows of a block, as a sum: (terms of the block, which rows they are) -> scalar.
 LossOfTerms = Callable[[StudentTerms, slice], torch.Tensor]
 
 
@@ -61,19 +65,23 @@ def head_loss(
     a weight tied to the embedding is among them. temperature: the logits are divided by it. slice_bytes: memory of
     one slice of fp32 logits; the fewer rows a slice has, the more often the head's weights are read.
     """
-    # What a sketch gives back takes as much room as the logits.
-    slice_bytes //= 2 if tail.mode == "sketch" else 1
     size = max(16, slice_bytes // (4 * vocabulary_size))
+    # What a sketch gives back takes as much room as a block, twice.
+    block = size // 2 if tail.mode == "sketch" else size
+    if hidden.device.type == "cpu":
+        block = min(block, max(1, torch.get_num_threads() * _BLOCK_BYTES // (4 * vocabulary_size)))
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
         total = hidden.new_zeros((), dtype=torch.float32)
         scratch = _Scratch()
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            logits = _at_temperature(_at_least_float32(head(hidden[part])), temperature)
-            total = total + loss_of(_reduce(logits, rows[part], tail, scratch).terms, part)
+        for part in _parts(len(rows), size):
+            logits = head(hidden[part])
+            for few in _parts(len(logits), block):
+                z = _taken(scratch.like("z", logits[few]), logits[few], temperature)
+                these = _within(part, few)
+                total = total + loss_of(_reduce(z, rows[these], tail, scratch).terms, these)
         return total
-    return _HeadLoss.apply(hidden, head, rows, tail, temperature, loss_of, size, *trained)
+    return _HeadLoss.apply(hidden, head, rows, tail, temperature, loss_of, size, block, *trained)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -87,6 +95,7 @@ class _HeadLoss(torch.autograd.Function):
         temperature: float,
         loss_of: LossOfTerms,
         size: int,
+        block: int,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         # Sums over slices are kept in float32 (float64 for float64 models), whatever the precision of the weights.
@@ -95,29 +104,35 @@ class _HeadLoss(torch.autograd.Function):
         gradients = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         scratch = _Scratch()
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
+
+        def in_blocks(logits: torch.Tensor, gradient: torch.Tensor, part: slice) -> torch.Tensor:
+            """Loss of a slice; fills `gradient`."""
+            losses = []
+            for few in _parts(len(logits), block):
+                these = _within(part, few)
+                losses.append(
+                    _block(logits[few], gradient[few], rows[these], tail, temperature, loss_of, these, scratch)
+                )
+            return torch.stack(losses).sum()
+
+        for part in _parts(len(rows), size):
             states = hidden[part].detach()
             if isinstance(head, nn.Linear):
-                # Nothing but `gradient` is needed to go back through it, so its output is ours to overwrite.
+                # Nothing but the gradient is needed to go back through it, so its output is ours to overwrite.
                 with torch.no_grad():
-                    logits = head(states)
-                loss, gradient = _loss_and_gradient(
-                    logits, rows[part], tail, temperature, loss_of, part, scratch, own=True
-                )
-                hidden_gradient[part] = _through_linear(head, states, gradient.to(logits.dtype), parameters, gradients)
+                    gradient = head(states)
+                total += in_blocks(gradient, gradient, part)
+                hidden_gradient[part] = _through_linear(head, states, gradient, parameters, gradients)
             else:
                 with torch.enable_grad():
                     logits = head(states.requires_grad_())
-                loss, gradient = _loss_and_gradient(
-                    logits.detach(), rows[part], tail, temperature, loss_of, part, scratch
-                )
-                found = torch.autograd.grad(logits, [states, *parameters], gradient.to(logits.dtype), allow_unused=True)
+                gradient = torch.empty_like(logits, requires_grad=False)
+                total += in_blocks(logits.detach(), gradient, part)
+                found = torch.autograd.grad(logits, [states, *parameters], gradient, allow_unused=True)
                 hidden_gradient[part] = found[0]
                 for gathered, new in zip(gradients, found[1:], strict=True):
                     if new is not None:
                         gathered += new
-            total += loss
         ctx.gradients = hidden_gradient, gradients
         ctx.dtypes = [p.dtype for p in parameters]
         return total
@@ -131,7 +146,7 @@ class _HeadLoss(torch.autograd.Function):
         # Given away, so that they become the parameters' `.grad` without a copy.
         ctx.gradients = None
         scaled = [g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return hidden_gradient.mul_(scale), None, None, None, None, None, None, *scaled
+        return hidden_gradient.mul_(scale), None, None, None, None, None, None, None, *scaled
 
 
 def _through_linear(
@@ -154,21 +169,37 @@ def _through_linear(
 
 
 class _Scratch:
-    """Memory for one more `[C, V]` beside the logits, the same for every slice: fresh pages are dear on a CPU."""
+    """Memory of a block that the next one uses again: fresh pages are dear on a CPU."""
 
     def __init__(self) -> None:
-        self._kept: torch.Tensor | None = None
+        self._kept: dict[str, torch.Tensor] = {}
 
-    def like(self, z: torch.Tensor) -> torch.Tensor:
-        """Shape, dtype and device of `z`; holds anything."""
-        if self._kept is None or len(self._kept) < len(z):
-            self._kept = torch.empty_like(z)
-        return self._kept[: len(z)]
+    def like(self, name: str, z: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Shape and device of `z`, in at least float32 unless a dtype is given; holds anything."""
+        if name not in self._kept or len(self._kept[name]) < len(z):
+            self._kept[name] = torch.empty_like(z, dtype=dtype or torch.promote_types(z.dtype, torch.float32))
+        return self._kept[name][: len(z)]
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _within(part: slice, few: slice) -> slice:
+    return slice(part.start + few.start, part.start + few.stop)
+
+
+def _taken(z: torch.Tensor, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`z`, filled with the logits at that temperature."""
+    if z.data_ptr() != logits.data_ptr():
+        z.copy_(logits)
+    return z if temperature == 1 else z.div_(temperature)
 
 
 @dataclass
 class _Reduced:
-    """A slice of logits reduced to its terms, and what turns their gradient into one on the logits."""
+    """A block of logits reduced to its terms, and what turns their gradient into one on the logits."""
 
     terms: StudentTerms
     weights: torch.Tensor  # [C, V], the softmax within the tail up to a factor per row; zero on the kept set
@@ -177,8 +208,8 @@ class _Reduced:
     samples: tuple[torch.Tensor, torch.Tensor] | None  # ids [C, M] and their shares of the tail, in `expected` too
 
 
-def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, scratch: _Scratch, *, own: bool = False) -> _Reduced:
-    """Terms of logits `[C, V]`, without a graph."""
+def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, scratch: _Scratch) -> _Reduced:
+    """Terms of logits `[C, V]`, which are overwritten, without a graph."""
     gold, ids = rows.gold[:, None], kept_ids(rows)
     entries = z.gather(1, ids).masked_fill(ids == gold, float("-inf"))
     z_gold = z.gather(1, gold).squeeze(1)
@@ -191,23 +222,23 @@ def _reduce(z: torch.Tensor, rows: TeacherRows, tail: Tail, scratch: _Scratch, *
     elif tail.mode == "sketch":
         samples = residual_weights(rows, tail, z.shape[1]) if tail.compared == "forward" else None
         if tail.compared == "forward":
-            shape = _sketch_shape(z, terms, rows, tail, samples, scratch.like(z))
+            shape = _sketch_shape(z, terms, rows, tail, samples, scratch)
         else:
             x = tail.sketch_logits(sketch_codes(rows), ids, gold, z.shape[1])
             # Reversed log q - log w, up to the student's normaliser; else w.
             x = z - floored(x.log_softmax(1)).to(z) if tail.compared == "reverse" else x.softmax(1).to(z)
-    outside = z if own and tail.mode != "prior" else z.clone()
-    outside.scatter_(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
-    peak = outside.amax(1, keepdim=True)
+    logits = scratch.like("logits", z).copy_(z) if tail.mode == "prior" else None
+    z.scatter_(1, ids, float("-inf")).scatter_(1, gold, float("-inf"))
+    peak = z.amax(1, keepdim=True)
     # A kept set that is the whole vocabulary leaves a tail of nothing but -inf.
     peak.masked_fill_(peak == float("-inf"), 0.0)
-    weights = outside.sub_(peak).exp_()
+    weights = z.sub_(peak).exp_()
     total = weights.sum(1, keepdim=True)
     factor = total.clamp(min=torch.finfo(z.dtype).tiny).reciprocal()
     terms.tail = (total.log() + peak).squeeze(1)
-    if tail.mode == "prior":
+    if logits is not None:
         shape = tail.prior_shape(weights)
-        terms.expected = torch.linalg.vecdot(shape, z)
+        terms.expected = torch.linalg.vecdot(shape, logits)
         terms.shape = torch.xlogy(shape, shape).sum(1)
     elif x is not None and tail.compared == "reverse":
         gap = x.sub_(total.clamp(min=torch.finfo(z.dtype).tiny).log() + peak)
@@ -224,23 +255,18 @@ def _sketch_shape(
     rows: TeacherRows,
     tail: Tail,
     samples: tuple[torch.Tensor, torch.Tensor] | None,
-    w: torch.Tensor,
+    scratch: _Scratch,
 ) -> torch.Tensor:
-    """w `[C, V]`, filled in; sets `expected` and `shape`. On a CPU a few rows at a time, which stay in its cache."""
-    codes, ids, gold = sketch_codes(rows), kept_ids(rows), rows.gold[:, None]
-    size = _CACHED_ROWS if z.device.type == "cpu" else len(z)
-    expected, constants = [], []
-    for start in range(0, len(z), size):
-        part = slice(start, start + size)
-        x = tail.sketch_logits(codes[part], ids[part], gold[part], z.shape[1])
-        shape = x.softmax(1)
-        constants.append(sketch_shape(rows[part], tail, x, shape))
-        w[part] = shape
-        expected.append((shape * z[part]).sum(1))
-    terms.expected, terms.shape = torch.cat(expected), torch.cat(constants).to(z)
+    """w `[C, V]`; sets `expected` and `shape`."""
+    x = scratch.like("x", z, torch.float32)
+    tail.sketch_logits(sketch_codes(rows), kept_ids(rows), rows.gold[:, None], z.shape[1], out=x)
+    w = torch.softmax(x, 1, out=scratch.like("w", z, torch.float32))
+    terms.shape = sketch_shape(rows, tail, x, w).to(z)
+    # In the place of x, which has been read.
+    terms.expected = (torch.mul(w, z, out=x) if x.dtype == z.dtype else w * z).sum(1)
     if samples is not None:
         terms.expected += (z.gather(1, samples[0]) * samples[1].to(z)).sum(1)
-    return w
+    return w.to(z)
 
 
 def _spread_of_whole(
@@ -265,47 +291,40 @@ def _spread_of_whole(
     return slopes
 
 
-def _loss_and_gradient(
+def _block(
     logits: torch.Tensor,
+    gradient: torch.Tensor,
     rows: TeacherRows,
     tail: Tail,
     temperature: float,
     loss_of: LossOfTerms,
-    part: slice,
+    these: slice,
     scratch: _Scratch,
-    *,
-    own: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a slice and its gradient on the logits `[C, V]`, which are overwritten where they are our own."""
-    z = _at_temperature(_at_least_float32(logits), temperature)
-    reduced = _reduce(z, rows, tail, scratch, own=own or z is not logits)
+) -> torch.Tensor:
+    """Loss of a block; `gradient` `[C, V]`, of the dtype of the logits and maybe their memory, becomes theirs."""
+    z = gradient if gradient.dtype in (torch.float32, torch.float64) else scratch.like("z", logits)
+    reduced = _reduce(_taken(z, logits, temperature), rows, tail, scratch)
     terms = reduced.terms
     leaves = [terms.gold, terms.entries, terms.tail]
     leaves += [term for term in (terms.expected, terms.spread) if term is not None]
     with torch.enable_grad():
         for leaf in leaves:
             leaf.requires_grad_()
-        loss = loss_of(terms, part)
+        loss = loss_of(terms, these)
         found = torch.autograd.grad(loss / temperature, leaves, allow_unused=True)
     gold, entries, lump, *shaped = (
         torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found, strict=True)
     )
-    gradient = reduced.weights.mul_(lump[:, None] * reduced.factor)
+    z = reduced.weights.mul_(lump[:, None] * reduced.factor)
     if reduced.shape is not None:
-        gradient.addcmul_(reduced.shape, shaped[0][:, None])
+        z.addcmul_(reduced.shape, shaped[0][:, None])
     # Padding entries stand at gold, whose own gradient comes last; an id stands once in the top-N.
     ids = kept_ids(rows)
-    gradient.scatter_(1, ids, entries.masked_fill(ids == rows.gold[:, None], 0.0))
-    gradient.scatter_(1, rows.gold[:, None], gold[:, None])
+    z.scatter_(1, ids, entries.masked_fill(ids == rows.gold[:, None], 0.0))
+    z.scatter_(1, rows.gold[:, None], gold[:, None])
     if reduced.samples is not None:
         ids, shares = reduced.samples
-        gradient.scatter_add_(1, ids, shaped[0][:, None] * shares.to(gradient))
-    return loss.detach(), gradient
-
-
-def _at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    return logits if temperature == 1 else logits / temperature
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+        z.scatter_add_(1, ids, shaped[0][:, None] * shares.to(z))
+    if z.dtype != gradient.dtype:
+        gradient.copy_(z)
+    return loss.detach()

@@ -107,13 +107,15 @@ class Sketch:
         z = (hidden.float() - self.mean) @ self.encoder.T
         return (z / self.scales).round_().clamp_(-127, 127).add_(_ZERO).to(torch.uint8)
 
-    def logits(self, codes: torch.Tensor) -> torch.Tensor:
-        """float32 `[C, V]` of codes uint8 `[C, r]`, up to a shift of each row."""
-        return self.decode((codes.float() - _ZERO) * self.scales)
+    def logits(self, codes: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 `[C, V]` of codes uint8 `[C, r]`, up to a shift of each row. out: memory for it, or for the logits of
+        the first ids alone."""
+        return self.decode((codes.float() - _ZERO) * self.scales, out=out)
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """The same of codes before rounding, float32 `[C, r]`."""
-        x = torch.nn.functional.pad(z, (0, 1), value=1.0) @ self._table
+        table = self._table if out is None else self._table[:, : out.shape[1]]
+        x = torch.mm(torch.nn.functional.pad(z, (0, 1), value=1.0), table, out=out)
         if self.logit_scale != 1.0:
             x.mul_(self.logit_scale)
         if self.soft_cap is not None:

@@ -179,8 +179,13 @@ def row_statistics(
             raise ValueError("residual samples need uniforms")
         if options.residual_samples == 1:
             raise ValueError("one residual sample cannot stand for both signs")
-        sketch_lse = sketch_logits.logsumexp(1)
-        residual_samples, residual_mass = _residual(tail_e, tail, sketch_logits, residual_uniforms)
+        highest = sketch_logits.amax(1, keepdim=True)
+        # A kept set that is the whole vocabulary leaves nothing but -inf.
+        highest.masked_fill_(highest == float("-inf"), 0.0)
+        sketch_e = sketch_logits.sub_(highest).exp_()
+        sketch_z = sketch_e.sum(1)
+        sketch_lse = sketch_z.log() + highest.squeeze(1)
+        residual_samples, residual_mass = _residual(tail_e, tail, sketch_e, sketch_z, residual_uniforms)
     elif options.residual_samples:
         raise ValueError("residual samples need the logits of a sketch")
 
@@ -194,7 +199,7 @@ def row_statistics(
     sketch_kl = torch.zeros_like(tail)
     if tail_sketch is not None and sketch_lse is not None:
         # sum p (log p - log tail) - sum p log w over the tail.
-        own = tail_x - torch.xlogy(tail, tail) + peak.squeeze(1) * tail
+        own = tail_x - torch.xlogy(tail, tail)
         sketch_kl = ((own - tail_sketch + sketch_lse * tail) / z).clamp_(min=0.0).masked_fill_(tail == 0, 0.0)
     if dropped is not None:
         top_ids, top_logprobs = top_ids.masked_fill(dropped, -1), top_logprobs.masked_fill(dropped, float("-inf"))
@@ -279,27 +284,31 @@ def _tail_logmass_at(
 
 
 def _residual(
-    tail_e: torch.Tensor, tail: torch.Tensor, sketch: torch.Tensor, uniforms: torch.Tensor | None
+    tail_e: torch.Tensor,
+    tail: torch.Tensor,
+    sketch_e: torch.Tensor,
+    sketch_z: torch.Tensor,
+    uniforms: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids `[C, M]` and their mass `[C]`, see RowStatistics.
 
-    tail_e: `[C, V]`, in proportion to p outside the kept set, and tail `[C]`, its sum; sketch: `[C, V]`, logits, -inf
-    in the kept set.
+    tail_e: `[C, V]`, in proportion to p outside the kept set, and tail `[C]`, its sum. sketch_e: the same of w, which
+    is overwritten, and sketch_z its sum.
     """
-    w = sketch.softmax(1)
+    empty = (tail == 0) | (sketch_z == 0)
     # On the tail's own scale: a light one needs no division that might overflow.
-    residual = torch.addcmul(tail_e, w, tail[:, None], value=-1.0, out=w)
-    empty = tail == 0
-    if empty.any():
-        residual.masked_fill_(empty[:, None], 0.0)
+    scale = (tail / sketch_z).masked_fill_(empty, 0.0)
+    residual = torch.addcmul(tail_e, sketch_e, scale[:, None], value=-1.0, out=sketch_e)
     if uniforms is None or not uniforms.shape[1]:
         ids, mass = torch.empty((len(tail), 0), dtype=torch.int64, device=tail.device), residual.abs().sum(1)
     else:
         # Half of the samples for either sign, whose masses are equal: what is added is taken away again.
         count, uniforms = uniforms.shape[1], uniforms.to(residual.device)
         more = (count + 1) // 2
-        above, added = _draw(residual.clamp(min=0.0), uniforms[:, :more] * (count / more))
-        below, taken = _draw(residual.neg_().clamp_(min=0.0), (uniforms[:, more:] * count - more) / (count - more))
+        surplus = residual.clamp(min=0.0)
+        above, added = _draw(surplus, uniforms[:, :more] * (count / more))
+        deficit = torch.sub(surplus, residual, out=surplus)
+        below, taken = _draw(deficit, (uniforms[:, more:] * count - more) / (count - more))
         mass = torch.where((added > 0) & (taken > 0), added + taken, 0.0)
         ids = torch.cat([above, below], 1).masked_fill_((mass == 0)[:, None], 0)
     return ids, (mass / tail).masked_fill_(empty, 0.0).to(tail)

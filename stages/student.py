@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
     from stages.batching import BatchPlan
+    from stages.sketch import Sketch
     from stages.tail import Tail
     from stages.training import DistillationTrainer
 
@@ -96,12 +97,16 @@ class Part:
 class Prepared:
     """A run that is checked and ready: everything that can be refused has been.
 
-    lengths: int64, token ids of each training sequence, cache after cache, where the batches depend on them.
+    tail: the objective's. eval_sketch: what the held-out KL has for the tail, where it takes a sketch; the same as the
+    tail's where that is one. lengths: int64, token ids of each training sequence, cache after cache, where the batches
+    depend on them.
     """
 
     options: StudentOptions
     parts: list[Part]
     arguments: Any  # transformers.TrainingArguments
+    tail: Tail
+    eval_sketch: Sketch | None
     plan: BatchPlan
     lengths: np.ndarray | None
     checkpoint: str | None
@@ -134,6 +139,7 @@ def prepare(options: StudentOptions) -> Prepared:
     from stages.compatibility import cache_tokenizer, check_head, check_tokenizer
     from stages.pretrained import load_config, load_tokenizer
     from stages.shard_dataset import split_held_out
+    from stages.sketch_calibration import from_file
 
     arguments = training_arguments(options)
     paths = [options.shards] if isinstance(options.shards, str) else options.shards
@@ -160,13 +166,16 @@ def prepare(options: StudentOptions) -> Prepared:
         has_residuals=sketch is not None and sketch.residual_samples > 0,
     )
     options = replace(options, objective=objective)
-    make_tail(objective, caches)
+    tail = make_tail(objective, caches)
     for cache in caches:
         extra_columns(objective, cache)
     parts = [Part(cache, *split_held_out(cache, options.eval_share)) for cache in caches]
+    eval_sketch = None
+    if any(len(part.eval_ids) for part in parts) and "sketch_codes" in measured_columns(caches):
+        eval_sketch = tail.sketch or from_file(caches[0].sketch())
     checkpoint, finished = _previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
-    return Prepared(options, parts, arguments, plan, lengths, checkpoint, finished)
+    return Prepared(options, parts, arguments, tail, eval_sketch, plan, lengths, checkpoint, finished)
 
 
 def open_caches(paths: Sequence[str], checksums: str = "start") -> list[Cache]:
@@ -466,7 +475,6 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     from stages.distillation_forward import compile_body
     from stages.mixing import Mixture
     from stages.shard_dataset import Collator, ShardDataset, corpus_threshold
-    from stages.sketch_calibration import from_file
     from stages.training import DistillationTrainer
 
     options, parts = prepared.options, prepared.parts
@@ -481,11 +489,9 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     if objective.rank_scope == "corpus":
         threshold = corpus_threshold([(part.cache, part.train_ids) for part in parts], objective.hard_ratio)
     eval_dataset: Mixture | None = None
-    eval_collator = eval_sketch = None
+    eval_collator = None
     if prepared.held_out:
         extra = measured_columns([part.cache for part in parts])
-        if "sketch_codes" in extra:
-            eval_sketch = from_file(parts[0].cache.sketch())
         eval_dataset = Mixture([opened(part.cache, part.eval_ids, extra, i) for i, part in enumerate(parts)])
         # Easy and hard are split over the whole held-out share, so that no batch size changes a metric.
         eval_collator = Collator(
@@ -503,9 +509,9 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         eval_dataset=eval_dataset,
         data_collator=Collator(objective, vocabulary, threshold, packed=prepared.plan.batching == "packed"),
         eval_collator=eval_collator,
-        eval_sketch=eval_sketch,
+        eval_sketch=prepared.eval_sketch,
         objective=objective,
-        tail=make_tail(objective, [part.cache for part in parts]),
+        tail=prepared.tail,
         plan=prepared.plan,
         lengths=prepared.lengths,
         cache_names=cache_names([part.cache for part in parts]),

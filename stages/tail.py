@@ -73,16 +73,26 @@ class Tail:
         shape = tail_softmax.pow(1.0 - self.gamma).mul_(weights).masked_fill_(tail_softmax == 0, 0.0)
         return shape.div_(shape.sum(1, keepdim=True).clamp(min=torch.finfo(shape.dtype).tiny))
 
-    def sketch_logits(self, codes: torch.Tensor, kept: torch.Tensor, gold: torch.Tensor, width: int) -> torch.Tensor:
+    def sketch_logits(
+        self,
+        codes: torch.Tensor,
+        kept: torch.Tensor,
+        gold: torch.Tensor,
+        width: int,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """float32 `[C, width]` whose softmax is w: 0 on the kept ids `[C, N]` and on gold `[C, 1]`.
 
-        codes: uint8 `[C, r]`. width: of the student's vocabulary, which may be wider than the teacher's.
+        codes: uint8 `[C, r]`. width: of the student's vocabulary, which may be wider than the teacher's. out: memory
+        for it.
         """
         if self.sketch is None:
             raise ValueError("the tail mode `sketch` needs a sketch")
-        x = self.sketch.logits(codes)
-        if x.shape[1] != width:
-            x = torch.nn.functional.pad(x[:, :width], (0, max(0, width - x.shape[1])), value=_ABSENT)
+        x = torch.empty((len(codes), width), device=codes.device) if out is None else out
+        known = x[:, : len(self.sketch.bias)]
+        self.sketch.logits(codes, out=known)
+        x[:, known.shape[1] :] = _ABSENT
         if self.temperature != 1.0:
             x.div_(self.temperature)
         return x.scatter_(1, kept, _ABSENT).scatter_(1, gold, _ABSENT)

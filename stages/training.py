@@ -71,7 +71,10 @@ class DistillationTrainer(Trainer):
         self._cache_names = tuple(cache_names)
         self._tail = tail.to(self.args.device)
         self._eval_collator = eval_collator
-        self._eval_sketch = None if eval_sketch is None else eval_sketch.to(self.args.device)
+        self._eval_sketch = None
+        if eval_sketch is not None:
+            # Where it is the tail's, it is there already.
+            self._eval_sketch = self._tail.sketch if eval_sketch is tail.sketch else eval_sketch.to(self.args.device)
         self._vocabulary_size = install_distillation(self.model)
         self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
         self.loss_is_scaled_for_ga = self._over_step

@@ -47,7 +47,7 @@ from storage.manifest import (
 from storage.places import Place, RemotePath, place
 from storage.rows import Rows
 from storage.sketch_file import NAME as SKETCH
-from storage.sketch_file import SketchFile
+from storage.sketch_file import SketchFile, most_bytes
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -218,8 +218,11 @@ class Cache:
         if sha256 is None:
             raise CacheError(f"{self.path / MANIFEST}: the manifest is damaged: it names no checksum of the sketch")
         try:
+            size = path.stat().st_size
+            if size > most_bytes(self._sketch.rank, self.manifest.vocabulary_size):
+                raise CacheError(f"{path}: has {size} bytes, more than a sketch of rank {self._sketch.rank} can have")
             if isinstance(path, RemotePath):
-                with copies.open_copy(path, sha256, path.stat().st_size, fresh=fresh) as file:
+                with copies.open_copy(path, sha256, size, fresh=fresh) as file:
                     return file.read()
             data = path.read_bytes()
         except FileNotFoundError:

@@ -21,6 +21,13 @@ from tests.stages.test_divergence import kept_rows
 ROWS, WIDTH, VOCABULARY = 23, 12, 41
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twelve rows: a slice of 16 or 23 makes a full one and a partial one."""
+    each = 12 * 4 * VOCABULARY // torch.get_num_threads() + 1
+    monkeypatch.setattr("stages.head_loss._BLOCK_BYTES", each)
+
+
 class Head(nn.Module):
     """An output layer as some family of models computes it."""
 

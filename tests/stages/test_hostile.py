@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -36,10 +38,10 @@ from stages.student import make_tail, open_caches
 from stages.summary import summarize
 from storage.bundle import bundle, unbundle
 from storage.cache import Cache
-from storage.errors import UserError
+from storage.errors import CacheError, UserError
 from storage.integrity import problems
 from tests.conftest import Tiny
-from tests.storage.synthetic import make_manifest, write_cache
+from tests.storage.synthetic import make_manifest, make_sketch, sketch_options, write_cache
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 settings.register_profile(
@@ -272,6 +274,109 @@ def test_a_tail_prior_of_far_more_ids(sound: Path) -> None:
         said = use(cache)
         assert pool.max_memory() < MOST_BYTES
     assert any("tail_prior.parquet: not 40 non-negative" in sentence for sentence in said)
+
+
+# ---- sketches ---------------------------------------------------------------------------------------------
+
+SKETCH = make_sketch(vocabulary=40)
+RAW = SKETCH.to_bytes()
+HEADER = json.loads(RAW[8 : 8 + int.from_bytes(RAW[:8], "little")])
+
+
+@pytest.fixture(scope="module")
+def sketched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sketched") / "cache"
+    cache = write_cache(path, make_manifest(vocabulary=40, top_n=6, sketch=sketch_options(SKETCH)), sketch=SKETCH)
+    cache.write_tokenizer(lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    return path
+
+
+def use_sketch(sketched: Path, data: bytes) -> list[str]:
+    """What is said of a cache whose manifest names this sketch; one that is taken gives finite logits."""
+    with copied(sketched) as path:
+        (path / "sketch.safetensors").write_bytes(data)
+        plain = json.loads((path / "manifest.json").read_bytes())
+        plain["scoring"]["sketch"]["sha256"] = hashlib.sha256(data).hexdigest()
+        (path / "manifest.json").write_text(json.dumps(plain))
+        tracemalloc.start()
+        try:
+            cache = Cache.open(path)
+            # The shards are of the cache that it was.
+            if said := [sentence for sentence in problems(cache) if "sketch.safetensors: " in sentence]:
+                with pytest.raises(CacheError) as caught:
+                    make_tail(Objective(name="kl", tail="sketch"), [cache])
+                assert "\n" not in str(caught.value) and any(str(caught.value) in sentence for sentence in said)
+                return said
+            tail = make_tail(Objective(name="kl", tail="sketch"), [cache])
+            none = torch.zeros((2, 1), dtype=torch.int64)
+            shares = tail.sketch_logits(torch.tensor([[1] * 3, [255] * 3], dtype=torch.uint8), none, none, 40).softmax(
+                1
+            )
+            assert shares.isfinite().all()
+            return []
+        finally:
+            assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+            tracemalloc.stop()
+
+
+@given(st.booleans(), CHANGES)
+@settings(HOSTILE, max_examples=3 * HOSTILE.max_examples)
+def test_any_sketch_behind_a_right_checksum(sketched: Path, header: bool, changes: list[Any]) -> None:
+    """Half of them in the header, whose length is made right."""
+    end = 8 + int.from_bytes(RAW[:8], "little")
+    if header:
+        text = changed(RAW[8:end], changes)
+        use_sketch(sketched, len(text).to_bytes(8, "little") + text + RAW[end:])
+    else:
+        use_sketch(sketched, changed(RAW, changes))
+
+
+@given(st.data())
+@HOSTILE
+def test_any_value_in_any_place_of_a_sketch_s_header(sketched: Path, data: st.DataObject) -> None:
+    """Shapes, types and offsets; and what it says about itself, JSON in a string of JSON."""
+    plain = json.loads(json.dumps(HEADER))
+    about = json.loads(plain["__metadata__"]["teacher_logit_cache.sketch"])
+    of_about = data.draw(st.booleans())
+    at = whole = about if of_about else plain
+    path = data.draw(st.sampled_from([path for path in leaves(whole) if path]))
+    for key in path[:-1]:
+        at = at[key]
+    sys.set_int_max_str_digits(0)
+    try:
+        at[path[-1]] = data.draw(VALUES)
+        if of_about:
+            plain["__metadata__"]["teacher_logit_cache.sketch"] = json.dumps(about)
+        text = json.dumps(plain).encode()
+    finally:
+        sys.set_int_max_str_digits(4300)
+    use_sketch(sketched, len(text).to_bytes(8, "little") + text + RAW[8 + int.from_bytes(RAW[:8], "little") :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"basis": {"shape": [1 << 40, 3], "data_offsets": [0, 3 << 41]}},
+        {"basis": {"shape": [1 << 63, 1 << 63]}},
+        {"basis": {"shape": [-40, -3]}},
+        {"bias": {"data_offsets": [-160, 0]}},
+        {"bias": HEADER["mean"]},
+        {"bias": {"data_offsets": HEADER["basis"]["data_offsets"]}},
+        {"bias": {"dtype": "F8_E4M3"}},
+        {"bias": {"dtype": "BF16", "shape": [80]}},
+        {"more": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+        {"__metadata__": {"teacher_logit_cache.sketch": 7}},
+        {"__metadata__": None},
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_headers_that_are_made_to_break_readers(sketched: Path, change: dict[str, Any]) -> None:
+    plain = {name: {**HEADER.get(name, {}), **value} if value else value for name, value in change.items()}
+    text = json.dumps({**HEADER, **plain}).encode()
+    assert use_sketch(sketched, len(text).to_bytes(8, "little") + text + RAW[8 + int.from_bytes(RAW[:8], "little") :])
+    assert use_sketch(sketched, (1 << 62).to_bytes(8, "little") + RAW[8:])
+    assert use_sketch(sketched, RAW[:8])
+    assert not use_sketch(sketched, RAW)
 
 
 # ---- bundles ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stages.sketch import HiddenMoments, Sketch, calibrate
+from stages.tail import Tail
 
 
 def states(positions: int, width: int, seed: int = 0) -> np.ndarray:
@@ -121,6 +122,21 @@ def test_scale_and_cap_come_after_the_sketch(scale: float, cap: float | None) ->
     if cap is None:
         found, logits = found - found.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
     torch.testing.assert_close(found, logits, atol=2e-2, rtol=1e-3)
+
+
+def test_a_mixed_precision_run_rebuilds_the_tail_in_float32() -> None:
+    hidden = states(60, 12)
+    weight = 5 * torch.randn((60, 12), generator=torch.Generator().manual_seed(0))
+    sketch = calibrate(moments_of(hidden), weight, None, 6)
+    codes, none = sketch.encode(torch.from_numpy(hidden)), torch.zeros((60, 1), dtype=torch.int64)
+    tail = Tail("sketch", sketch=sketch)
+    # A student with more ids than the teacher has, and one with fewer.
+    for width in (64, 50):
+        x = tail.sketch_logits(codes, none, none, width)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(tail.sketch_logits(codes, none, none, width), x)
+        torch.testing.assert_close(x[:, 1:60], sketch.logits(codes)[:, 1 : min(60, width)])
+        assert (x.softmax(1)[:, [0, *range(60, width)]] == 0).all()
 
 
 def test_half_precision_heads_and_wrong_ranks() -> None:

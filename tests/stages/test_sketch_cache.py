@@ -21,11 +21,12 @@ from stages.engines import EngineOptions
 from stages.objective import Objective
 from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.sketch_calibration import from_file
-from stages.student import StudentOptions, extra_columns, make_tail, make_trainer
+from stages.student import StudentOptions, extra_columns, make_tail, make_trainer, train
 from stages.student import prepare as prepare_student
 from storage.cache import Cache
 from storage.errors import CacheError, UserError
 from storage.integrity import problems
+from storage.rows import Rows
 from tests.conftest import VOCABULARY, Finished, Tiny
 from tests.pipeline.test_bad_input import one_sentence
 
@@ -36,6 +37,24 @@ OPTIONS = {"sketch_rank": RANK, "residual_samples": SAMPLES, "sketch_positions":
 @pytest.fixture(scope="module")
 def cache(make_cache: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("sketched") / "cache", **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def adaptive(make_cache: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Positions keep as many ids as leave less than 0.4 in the tail: 2 to 20."""
+    more = {"top_n": 20, "tail_epsilon": 0.4, "min_n": 2, "logprob_bits": 32}
+    return make_cache(tmp_path_factory.mktemp("adaptive") / "cache", **OPTIONS, **more)
+
+
+@pytest.fixture(params=["cache", "adaptive"])
+def either(request: pytest.FixtureRequest) -> Cache:
+    return request.getfixturevalue(request.param)
+
+
+def entries(rows: Rows, row: int) -> list[np.ndarray]:
+    """Where the entries of each position of a row stand."""
+    counts = rows["top_count"][row].astype(int)
+    return np.split(np.arange(counts.sum()), counts.cumsum()[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +75,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return p / p.sum(1, keepdims=True)
 
 
-def test_rows_against_the_whole_teacher(cache: Cache, model: Any) -> None:
+def test_rows_against_the_whole_teacher(either: Cache, model: Any) -> None:
     """Codes, residual mass, signs and the KL in the receipt, from the sketch's own tensors in float64."""
+    cache = either
     sketch = {name: tensor.astype(np.float64) for name, tensor in cache.sketch().tensors.items()}
     weight = model.lm_head.weight.detach().double().numpy()
+    counts: set[int] = set()
     for index in range(len(cache.manifest.shards)):
         rows = cache.read_shard(index)
         kl = mass = 0.0
@@ -74,7 +95,9 @@ def test_rows_against_the_whole_teacher(cache: Cache, model: Any) -> None:
             same += int((np.rint(exact) == codes).sum())
             total += codes.size
             tail = np.ones((len(ids) - 1, VOCABULARY), bool)
-            np.put_along_axis(tail, rows["top_ids"][row].reshape(len(tail), -1).astype(np.int64), False, 1)
+            for position, kept in enumerate(entries(rows, row)):
+                tail[position, rows["top_ids"][row][kept]] = False
+                counts.add(len(kept))
             np.put_along_axis(tail, ids[1:, None].astype(np.int64), False, 1)
             p = softmax(np.where(tail, hidden @ weight.T, -np.inf))
             w = softmax(np.where(tail, sketch["bias"] + (codes * sketch["scales"]) @ sketch["basis"].T, -np.inf))
@@ -94,6 +117,7 @@ def test_rows_against_the_whole_teacher(cache: Cache, model: Any) -> None:
         assert receipt.sum_residual_mass == pytest.approx(mass, rel=1e-9)
         assert same >= 0.999 * total
     assert list(problems(cache)) == []
+    assert len(counts) > 10 if cache.manifest.scoring.tail_epsilon else counts == {8}
 
 
 def test_it_is_calibrated_on_the_first_positions(cache: Cache, model: Any) -> None:
@@ -295,9 +319,9 @@ def test_the_sketch_of_another_cache(cache: Cache, other: Cache) -> None:
         np.testing.assert_array_equal(ours[name].values, theirs[name].values)
 
 
-def test_a_batch_of_shards_against_float64(cache: Cache) -> None:
+def test_a_batch_of_shards_against_float64(either: Cache) -> None:
     """KL of student logits that are made up, from what stands in the columns: kept ids, the codes, the residuals."""
-    objective = Objective("kl", tail="sketch")
+    cache, objective = either, Objective("kl", tail="sketch")
     columns = extra_columns(objective, cache)
     assert columns == ["sketch_codes", "residual_samples", "residual_mass", "entropy"]
     dataset = ShardDataset(cache, np.arange(4), extra=columns)
@@ -308,10 +332,9 @@ def test_a_batch_of_shards_against_float64(cache: Cache) -> None:
     wanted: list[float] = []
     for row in chosen:
         ids = stored["input_ids"][row]
-        for position in range(len(ids) - 1):
+        for position, at in enumerate(entries(stored, row)):
             z = logits[len(wanted)]
-            top = stored["top_ids"][row].reshape(-1, 8)[position]
-            logp = dict(zip(top.tolist(), stored["top_logprobs"][row].reshape(-1, 8)[position], strict=True))
+            logp = dict(zip(stored["top_ids"][row][at].tolist(), stored["top_logprobs"][row][at], strict=True))
             logp[int(ids[position + 1])] = stored["gold_logprob"][row][position]
             kept = np.array(list(logp))
             log_q = z - np.log(np.exp(z).sum())
@@ -351,6 +374,36 @@ def test_a_student_is_trained_from_two_caches_of_one_sketch(
     after = make_trainer(prepared).evaluate()
     before = make_trainer(replace(prepared, options=replace(prepared.options, student=str(tiny.student)))).evaluate()
     assert after["eval_kl"] < 0.8 * before["eval_kl"]
+
+
+def test_a_student_of_short_prefixes_and_its_kl_to_the_live_teacher(
+    tiny: Tiny, adaptive: Cache, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measured KL is that of the whole distributions; and the sketch is read once for training and measuring."""
+    from transformers import AutoModelForCausalLM
+
+    reads: list[Cache] = []
+    sketch_bytes = Cache.sketch_bytes
+    monkeypatch.setattr(Cache, "sketch_bytes", lambda self, **given: reads.append(self) or sketch_bytes(self, **given))
+    given = {"max_steps": 30, "learning_rate": 1e-2, "dataloader_num_workers": 0}
+    options = StudentOptions(
+        str(tiny.student), str(adaptive.path), str(tmp_path / "out"), Objective("kl"), eval_share=0.4, trainer=given
+    )
+    prepared = prepare_student(options)
+    assert prepared.options.objective.tail == "sketch"
+    before = make_trainer(prepared).evaluate()["eval_kl"]
+    after = train(prepared)["eval_kl"]
+    assert len(reads) == 1
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    gaps: list[torch.Tensor] = []
+    dataset = ShardDataset(adaptive, prepared.parts[0].eval_ids)
+    for row in range(len(dataset)):
+        ids = torch.from_numpy(dataset[row].input_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            p, q = (one(ids).logits[0, :-1].double().log_softmax(1) for one in (model, student))
+        gaps.append((p.exp() * (p - q)).sum(1))
+    assert after < 0.8 * before
+    assert after == pytest.approx(float(torch.cat(gaps).mean()), rel=0.03)
 
 
 def test_what_the_tail_sketch_needs(

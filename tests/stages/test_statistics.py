@@ -246,6 +246,53 @@ def test_residual_samples_make_the_reconstruction_unbiased(vocabulary: int, samp
     assert (estimate.mean(0)[p == 0] == 0).all()
 
 
+def test_a_short_prefix_and_a_sketch_make_the_whole_teacher() -> None:
+    """What `tail_epsilon` leaves out is tail: over many replays, what is kept of a position and what the sketch and the
+    residual samples make of the rest has the mean p, wherever gold stands."""
+    replays, cap, samples = 6000, 24, 5
+    logits, _ = random_rows(3, 200, 3.0, seed=6)
+    # Inside the prefix, behind it but in the top-N, and beyond.
+    gold = np.argsort(-logits, 1)[np.arange(3), [1, cap - 2, 70]]
+    sketch = (0.6 * logits + random_rows(3, 200, 0.7, seed=8)[0]).astype(np.float32)
+    options = StatisticsOptions(cap, residual_samples=samples, tail_epsilon=0.3, min_n=2, seed=5)
+    uniforms = torch.tensor(residual_uniforms(np.arange(replays + 1), options))
+    for row in range(3):
+        found = statistics(
+            np.repeat(logits[row : row + 1], replays, 0),
+            np.repeat(gold[row], replays),
+            options,
+            sketch_logits=torch.tensor(np.repeat(sketch[row : row + 1], replays, 0)),
+            residual_uniforms=uniforms,
+        )
+        p = np.exp(reference.log_softmax(logits[row]))
+        top = found.top_ids[0].numpy()
+        prefix = top[top >= 0]
+        assert 2 <= len(prefix) < cap - 2 and (int(gold[row]) in prefix) == (row == 0)
+        kept = np.zeros(200, bool)
+        kept[prefix] = kept[gold[row]] = True
+        estimate = np.zeros(200)
+        estimate[prefix] = found.top_logprobs[0].exp().numpy()[: len(prefix)]
+        estimate[gold[row]] = found.gold_logprob[0].exp()
+        np.testing.assert_allclose(estimate[kept], p[kept], rtol=1e-4)
+        mass, half = float(found.tail_logmass[0].exp()), float(found.residual_mass[0]) / 2
+        assert mass == pytest.approx(p[~kept].sum(), rel=1e-4)
+        w = np.where(kept, 0.0, np.exp(reference.log_softmax(sketch[row].astype(np.float64))))
+        w /= w.sum()
+        ids, more = found.residual_samples.numpy(), (samples + 1) // 2
+        assert not kept[ids].any()
+        counts = [np.bincount(part.ravel(), minlength=200) for part in (ids[:, :more], ids[:, more:])]
+        added, taken = counts[0] / (more * replays), counts[1] / ((samples - more) * replays)
+        estimate[~kept] = (mass * (w + half * (added - taken)))[~kept]
+        assert estimate.sum() == pytest.approx(1.0, abs=1e-4)
+        # That of independent draws, which strata do not exceed.
+        share = abs(p - mass * w) / (mass * half) * ~kept
+        drawn = np.where(p > mass * w, more, samples - more) * replays
+        often = share * drawn > 30
+        scores = ((estimate - p) / np.maximum(mass * half * np.sqrt(share * (1 - share) / drawn), 1e-9))[often]
+        assert often.sum() > 20 and abs(scores).max() <= 5
+        assert (scores**2).mean() <= 1 + 5 * np.sqrt(2 / len(scores))
+
+
 def test_residuals_of_rows_that_differ() -> None:
     """Each row has its own sketch; a tail that is empty, or that the sketch has right, leaves nothing to draw."""
     logits, gold = random_rows(40, 77, 2.0)

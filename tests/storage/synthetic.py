@@ -130,7 +130,9 @@ def make_sketch(rank: int = 3, *, vocabulary: int = 300, hidden: int = 6, seed: 
         for name, (dimensions, _) in SHAPES.items()
     }
     # As they come back from the file.
-    return SketchFile({name: tensors[name].astype(kind) for name, (_, kind) in SHAPES.items()}, {"soft_cap": None})
+    return SketchFile(
+        {name: tensors[name].astype(kind) for name, (_, kind) in SHAPES.items()}, {"logit_scale": 1.0, "soft_cap": None}
+    )
 
 
 def sketch_options(sketch: SketchFile, residual_samples: int = 4) -> SketchIdentity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from storage.transfer import copy_cache
 from tests.storage.s3 import Proxy, files
 from tests.storage.synthetic import make_manifest, make_rows, make_sketch, replaced, sketch_options, write_cache
 
+KEY = "teacher_logit_cache.sketch"
 SKETCH = make_sketch(vocabulary=40)
 MANIFEST = make_manifest(vocabulary=40, top_n=16, sketch=sketch_options(SKETCH))
 ROWS, _ = make_rows(MANIFEST, 1)
@@ -42,7 +44,7 @@ def flip(path: Path) -> None:
 
 def test_it_comes_back_as_it_was(cache: Cache) -> None:
     back = Cache.open(cache.path).sketch()
-    assert back.about == {"soft_cap": None}
+    assert back.about == {"logit_scale": 1.0, "soft_cap": None}
     for name, (_, kind) in SHAPES.items():
         assert back.tensors[name].dtype == kind
         np.testing.assert_array_equal(back.tensors[name], SKETCH.tensors[name])
@@ -60,16 +62,46 @@ def test_it_comes_back_as_it_was(cache: Cache) -> None:
         ({"mean": np.zeros(7, np.float32)}, "mean has 7 H, 6 belong there"),
         ({"bias": np.full(40, np.nan, np.float32)}, "bias is not finite float32"),
         ({"bias": np.zeros(40)}, "bias is not finite float32"),
+        ({"bias": np.full(40, 1e30, np.float32)}, "bias is above 1e.12"),
         ({"scales": np.zeros(3, np.float32)}, "scales are not positive"),
+        ({"scales": np.full(3, 1e9, np.float32)}, "scales are not positive, up to 1000"),
+        ({"explained": np.zeros(0, np.float32)}, "explained is empty"),
         ({"encoder": None}, r"has no encoder \[r H\]"),
         ({"encoder": np.zeros(3, np.float32)}, r"has no encoder \[r H\]"),
     ],
 )
 def test_what_is_no_sketch_of_this_cache(tmp_path: Path, change: dict, said: str) -> None:
     tensors = {name: value for name, value in {**SKETCH.tensors, **change}.items() if value is not None}
-    data = save(tensors, {"teacher_logit_cache.sketch": "{}"})
+    data = save(tensors, {KEY: "{}"})
     with pytest.raises(CacheError, match=f"^there: {said}"):
         SketchFile.from_bytes(data, Path("there"), rank=3, vocabulary_size=40)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ("{}", "names no logit_scale"),
+        ("[]", "names no logit_scale"),
+        ('{"logit_scale": "1"}', "names no logit_scale"),
+        ('{"logit_scale": NaN}', "names no logit_scale"),
+        ('{"logit_scale": true}', "names no logit_scale"),
+        (f'{{"logit_scale": 1{"0" * 400}}}', "names no logit_scale"),
+        ('{"logit_scale": 1.0, "soft_cap": 0}', "its soft_cap is no number above 0"),
+        ('{"logit_scale": 1.0, "soft_cap": -3}', "its soft_cap is no number above 0"),
+        ('{"logit_scale": 1.0, "soft_cap": [3]}', "its soft_cap is no number above 0"),
+        ("[" * 10**5, "not a sketch"),
+        ("9" * 10**5, "not a sketch"),
+    ],
+)
+def test_what_it_says_about_itself(about: str, said: str) -> None:
+    with pytest.raises(CacheError, match=f"^there: {said}"):
+        SketchFile.from_bytes(save(dict(SKETCH.tensors), {KEY: about}), "there", rank=3, vocabulary_size=40)
+
+
+def test_a_file_far_larger_than_any_sketch_is_not_read(cache: Cache, tmp_path: Path) -> None:
+    os.truncate(tmp_path / "cache" / "sketch.safetensors", 1 << 40)
+    with pytest.raises(CacheError, match=r"sketch\.safetensors: has 1099511627776 bytes, more than"):
+        cache.sketch()
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 20, b"{}", SKETCH.to_bytes()[:-1], save(dict(SKETCH.tensors))])
