@@ -10,7 +10,7 @@
     flips         one byte changed, at every place of every file of a small cache
     cuts          files cut short
     misplaced     files swapped, doubled, renamed, missing, or of another cache of the same teacher
-    edits         each field of the manifest and the receipts: another value, another type, gone
+    edits         each field of the manifest, the receipts and the sketch's header: another value, another type, gone
 
 The command is the real one; only its teacher, a random model, is loaded once and reaches the commands by fork. The
 cache has all there can be: a sketch and what it misses, tail samples, as many entries as a position needs. After
@@ -357,6 +357,14 @@ def _finished(site: Site, folder: Path) -> list[str]:
     return [] if same and not left else [f"the same command again ends in another cache {left}"]
 
 
+def _killed(running: Running, seconds: float, dice: random.Random) -> bool:
+    """Whether SIGKILL at a random moment of the next `seconds` came before the command's own end."""
+    running.reached()
+    time.sleep(dice.uniform(0, seconds))
+    running.kill()
+    return running.wait().code == -signal.SIGKILL
+
+
 # ---- processes --------------------------------------------------------------------------------------------
 
 
@@ -368,11 +376,7 @@ def kills(site: Site, arguments: argparse.Namespace, dice: random.Random) -> lis
         folder, caches = site.folder / f"killed-{caches}", caches + 1
         while line.tried < arguments.kills:
             before = _receipts(folder)
-            running = site.start(folder)
-            running.reached()
-            time.sleep(dice.uniform(0, site.seconds))
-            running.kill()
-            if running.wait().code != -signal.SIGKILL:
+            if not _killed(site.start(folder), site.seconds, dice):
                 break
             line.tried += 1
             found.append(len(_receipts(folder)))
@@ -389,11 +393,7 @@ def calibrations(site: Site, arguments: argparse.Namespace, dice: random.Random)
     late = sketches = caches = 0
     while line.tried < arguments.calibrations:
         folder = site.folder / "uncalibrated"
-        running = site.start(folder, moment="calibrating")
-        running.reached()
-        time.sleep(dice.uniform(0, 1.2 * site.calibrating))
-        running.kill()
-        if running.wait().code == -signal.SIGKILL:
+        if _killed(site.start(folder, moment="calibrating"), 1.2 * site.calibrating, dice):
             line.tried += 1
             caches += (folder / "manifest.json").exists()
             sketches += (folder / SKETCH).exists() and not (folder / "manifest.json").exists()
@@ -416,11 +416,7 @@ def seals(site: Site, arguments: argparse.Namespace, dice: random.Random) -> lis
     while line.tried < arguments.seals:
         folder = _without_seal(site, site.folder / "unsealed")
         before = _receipts(folder)
-        running = site.start(folder, moment="sealing")
-        running.reached()
-        time.sleep(dice.uniform(0, 1.1 * site.sealing))
-        running.kill()
-        if running.wait().code == -signal.SIGKILL:
+        if _killed(site.start(folder, moment="sealing"), 1.1 * site.sealing, dice):
             line.tried += 1
             states.add(frozenset(damage.files_of(folder)))
             line.failures += _amiss(site, folder, before)

@@ -1,6 +1,6 @@
 """What is kept of the teacher's distribution at a position, computed from its logits.
 
-Everything comes from one softmax of a slice of rows `[C, V]`, in fp32 and without cancellation:
+Everything comes from one exponential of a slice of rows `[C, V]`, in fp32 and without cancellation:
 
 - the tail mass is the sum of what is left after the kept set is zeroed, never `1 - sum(top)`: in fp32
   the difference is wrong by more than itself once the tail is under 1e-6;
