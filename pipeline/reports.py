@@ -50,8 +50,16 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
             ("sketch", f"rank {scoring.sketch.rank}, {scoring.sketch.residual_samples} residual samples per position"),
             ("KL of the sketch", _number(numbers.mean_sketch_kl, " nats")),
             ("mean residual mass", _number(numbers.mean_residual_mass, " of 2")),
+            *noise_rows(numbers.equal_tail_samples),
         ]
     return rows
+
+
+def noise_rows(equal_tail_samples: float | None) -> list[tuple[str, object]]:
+    """What tells one sketch from another, in the unit of `--tail-samples`."""
+    if equal_tail_samples is None:
+        return []
+    return [("noise of residual samples", f"that of {equal_tail_samples:,.0f} tail samples")]
 
 
 def _number(value: float | None, unit: str) -> str:

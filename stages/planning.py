@@ -20,6 +20,7 @@ from stages.caching import CacheOptions, PreparedCache
 from stages.corpus import CorpusReport
 from stages.corpus import Sequence as TokenSequence
 from stages.sketch_calibration import from_file
+from stages.summary import summarize
 from storage import schema
 from storage.cache import Cache
 from storage.manifest import CorpusIdentity, PlannedShard, ScoringOptions
@@ -43,12 +44,23 @@ class ColumnPlan:
 
 
 @dataclass(frozen=True)
+class SketchProbe:
+    """What a sketch does on the sample. bytes: of its file; explained: the share of the variance of the logits, on what
+    it was calibrated on; mean_kl and equal_tail_samples: as in Summary.
+    """
+
+    bytes: int
+    explained: float
+    mean_kl: float | None
+    equal_tail_samples: float | None
+
+
+@dataclass(frozen=True)
 class Probe:
     """What scoring and writing `sequences` sequences took. Seconds; bytes of the one shard they filled.
 
-    load_seconds: of the teacher, and of calibrating a sketch.
-
-    tail_sum_bytes: of the file beside a shard; 0 where the engine gives none.
+    load_seconds: of the teacher, and of calibrating a sketch. tail_sum_bytes: of the file beside a shard; 0 where the
+    engine gives none. sketch: None without one.
     """
 
     engine: str
@@ -59,6 +71,7 @@ class Probe:
     write_seconds: float
     shard_bytes: int
     tail_sum_bytes: int
+    sketch: SketchProbe | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,6 +96,8 @@ class Plan:
     columns: tuple[ColumnPlan, ...]
     student_epochs: float
     probe: Probe | None
+    sketch_rank: int = 0
+    residual_samples: int = 0
 
     @property
     def tokens(self) -> int:
@@ -101,9 +116,15 @@ class Plan:
 
     @property
     def other_bytes(self) -> float:
-        """Beside the shards: receipts, summed tails, the tail prior. The tokenizer and the card are small."""
-        tail_sum = self.probe.tail_sum_bytes if self.probe is not None else _TAIL_SUM * self.vocabulary_size
-        return self.shards * (_RECEIPT + tail_sum) + (_TAIL_PRIOR * self.vocabulary_size if tail_sum else 0)
+        """Beside the shards: receipts, summed tails, tail prior, sketch. The tokenizer and the card are small."""
+        size, probe = self.vocabulary_size, self.probe
+        tail_sum = _TAIL_SUM * size if probe is None else probe.tail_sum_bytes
+        beside = self.shards * (_RECEIPT + tail_sum) + (_TAIL_PRIOR * size if tail_sum else 0)
+        if self.sketch_rank:
+            # A basis of float16 and a bias; without a probe the teacher's hidden size is not known.
+            measured = None if probe is None else probe.sketch
+            beside += (2 * self.sketch_rank + 4) * size if measured is None else measured.bytes
+        return beside
 
     @property
     def teacher_seconds(self) -> float | None:
@@ -206,7 +227,8 @@ def plan(
         manifest = prepared.manifest
         corpus, vocabulary, max_length = prepared.corpus, manifest.vocabulary_size, manifest.scoring.max_length
         scoring, shards = manifest.scoring, manifest.shards
-    report, top_n, samples = corpus.report, scoring.top_n, scoring.tail_samples
+    report, top_n, samples, sketch = corpus.report, scoring.top_n, scoring.tail_samples, scoring.sketch
+    sketched = (0, 0) if sketch is None else (sketch.rank, sketch.residual_samples)
     columns = tuple(
         ColumnPlan(
             column.name,
@@ -215,7 +237,9 @@ def plan(
         )
         for column in scoring.columns
     )
-    return Plan(report, vocabulary, top_n, samples, max_length, len(shards), columns, student_epochs, measured)
+    return Plan(
+        report, vocabulary, top_n, samples, max_length, len(shards), columns, student_epochs, measured, *sketched
+    )
 
 
 def _probe(prepared: PreparedCache, count: int) -> Probe:
@@ -267,4 +291,12 @@ def _probe(prepared: PreparedCache, count: int) -> Probe:
         write_seconds,
         cache.receipt(0).bytes,
         tail_sum.stat().st_size if tail_sum.exists() else 0,
+        None if prepared.sketch is None else _probe_sketch(cache),
     )
+
+
+def _probe_sketch(cache: Cache) -> SketchProbe:
+    sketch, numbers = cache.sketch(), summarize(cache)
+    explained = sketch.tensors["explained"][len(sketch.tensors["scales"]) - 1]
+    size = cache.sketch_path.stat().st_size
+    return SketchProbe(size, float(explained), numbers.mean_sketch_kl, numbers.equal_tail_samples)

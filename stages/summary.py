@@ -18,6 +18,11 @@ class Summary:
 
     mean_sketch_kl: nats from the teacher to what top-N, gold, tail mass and codes give back; mean_residual_mass: of the
     sum of |p - w| over the tail, 0..2. None without a sketch, or without residual samples.
+
+    equal_tail_samples: how many ids drawn from the tail itself, at each position, would leave as much noise in what
+    students learn from as the residual samples do: M sum(m^2) / sum((m R)^2) over positions of tail mass m and
+    residual mass R, since the variance of M draws that stand for a mass is its square over M. Infinite where nothing is
+    left to the samples; None without them.
     """
 
     sequences: int
@@ -33,6 +38,7 @@ class Summary:
     mean_entropy: float | None
     mean_sketch_kl: float | None = None
     mean_residual_mass: float | None = None
+    equal_tail_samples: float | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -44,19 +50,27 @@ class Summary:
 
 
 def summarize(cache: Cache) -> Summary:
-    """Reads the receipts and two columns, of a partial cache what is there.
+    """Reads the receipts and a few narrow columns, of a partial cache what is there.
 
     Raises CacheError for an unfinished or damaged cache.
     """
     receipts = cache.receipts(partial=True)
     gold: list[np.ndarray] = []
     entropy = 0.0
-    has_entropy = cache.manifest.scoring.entropy
-    for rows in cache.column("loss_mask", "gold_logprob", *(["entropy"] if has_entropy else [])):
+    has_entropy, sketch = cache.manifest.scoring.entropy, cache.manifest.scoring.sketch
+    drawn = 0 if sketch is None else sketch.residual_samples
+    tail_square = residual_square = 0.0
+    names = ["loss_mask", "gold_logprob"]
+    names += ["entropy"] * has_entropy + ["tail_logmass", "residual_mass"] * (drawn > 0)
+    for rows in cache.column(*names):
         mask = rows["loss_mask"].values
         gold.append(rows["gold_logprob"].values[mask])
         if has_entropy:
             entropy += float(rows["entropy"].values[mask].sum(dtype=np.float64))
+        if drawn:
+            square = np.exp(2 * rows["tail_logmass"].values[mask].astype(np.float64))
+            tail_square += float(square.sum())
+            residual_square += float((square * rows["residual_mass"].values.astype(np.float64) ** 2).sum())
     gold_logprob = np.concatenate(gold)
     stored = max(1, len(gold_logprob))
     # Quantiles of UNC = 1 - p(gold), taken on the log where float32 keeps the digits of a sure teacher.
@@ -75,6 +89,7 @@ def summarize(cache: Cache) -> Summary:
         mean_entropy=entropy / stored if has_entropy else None,
         mean_sketch_kl=_mean([receipt.sum_sketch_kl for receipt in receipts], stored),
         mean_residual_mass=_mean([receipt.sum_residual_mass for receipt in receipts], stored),
+        equal_tail_samples=(drawn * tail_square / residual_square if residual_square else np.inf) if drawn else None,
     )
 
 

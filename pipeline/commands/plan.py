@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.commands import cache_teacher
 from pipeline.numbers import format_bytes, format_duration
 from pipeline.progress import summary, table
+from pipeline.reports import noise_rows
 from pipeline.shared_options import options_of
+
+if TYPE_CHECKING:
+    from stages.planning import Plan
 
 _SHARED = [param.name for param in cache_teacher.command.params if param.name and param.name != "output"]
 
@@ -89,6 +93,7 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
         ("shards", f"{found.shards:,}"),
         ("top-N", f"{found.top_n} of {found.vocabulary_size:,}"),
         ("tail samples", found.tail_samples),
+        *_sketch_rows(found),
         ("bytes per token", f"{found.bytes_per_token:.1f} ({how})"),
         ("size", f"{format_bytes(found.shard_bytes)}, and {format_bytes(found.other_bytes)} beside the shards"),
     ]
@@ -103,3 +108,20 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
             ("paid for after", f"{runs} student runs of {student_epochs:g} epochs"),
         ]
     summary("plan", rows)
+
+
+def _sketch_rows(found: Plan) -> list[tuple[str, object]]:
+    if not found.sketch_rank:
+        return []
+    rows: list[tuple[str, object]] = [
+        ("sketch", f"rank {found.sketch_rank}, {found.residual_samples} residual samples per position")
+    ]
+    if found.probe is None or found.probe.sketch is None:
+        return rows
+    measured = found.probe.sketch
+    rows += [
+        ("variance of the logits explained", f"{measured.explained:.4f}"),
+        ("KL of the sketch", "unknown" if measured.mean_kl is None else f"{measured.mean_kl:.4g} nats"),
+        *noise_rows(measured.equal_tail_samples),
+    ]
+    return rows

@@ -71,6 +71,9 @@ def test_a_sketch_is_planned_and_probed(options: CacheOptions) -> None:
     assert {"sketch_codes", "residual_samples", "residual_mass"} <= {column.name for column in estimated.columns}
     assert [(c.name, c.values) for c in estimated.columns] == [(c.name, c.values) for c in measured.columns]
     assert measured.bytes_per_token == pytest.approx(estimated.bytes_per_token, rel=0.3)
+    # The sketch's file is the same for a sample and for the whole corpus.
+    plain = planning.plan(options)
+    assert estimated.other_bytes - plain.other_bytes == pytest.approx(measured.probe.sketch.bytes, rel=0.2)
 
 
 def test_when_it_has_paid() -> None:

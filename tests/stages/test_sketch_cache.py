@@ -23,6 +23,7 @@ from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_row
 from stages.sketch_calibration import from_file
 from stages.student import StudentOptions, extra_columns, make_tail, make_trainer, train
 from stages.student import prepare as prepare_student
+from stages.summary import summarize
 from storage.cache import Cache
 from storage.errors import CacheError, UserError
 from storage.integrity import problems
@@ -81,6 +82,7 @@ def test_rows_against_the_whole_teacher(either: Cache, model: Any) -> None:
     sketch = {name: tensor.astype(np.float64) for name, tensor in cache.sketch().tensors.items()}
     weight = model.lm_head.weight.detach().double().numpy()
     counts: set[int] = set()
+    squares = np.zeros(2)
     for index in range(len(cache.manifest.shards)):
         rows = cache.read_shard(index)
         kl = mass = 0.0
@@ -112,10 +114,12 @@ def test_rows_against_the_whole_teacher(either: Cache, model: Any) -> None:
             gap = np.log(np.where(tail, p, 1.0)) - np.log(np.where(tail, w, 1.0))
             kl += float((tail_mass * (p * gap).sum(1)).sum())
             mass += float(found.sum())
+            squares += (tail_mass**2).sum(), ((tail_mass * np.abs(residual).sum(1)) ** 2).sum()
         receipt = cache.receipt(index)
         assert receipt.sum_sketch_kl == pytest.approx(kl, rel=1e-4)
         assert receipt.sum_residual_mass == pytest.approx(mass, rel=1e-9)
         assert same >= 0.999 * total
+    assert summarize(cache).equal_tail_samples == pytest.approx(SAMPLES * squares[0] / squares[1], rel=2e-3)
     assert list(problems(cache)) == []
     assert len(counts) > 10 if cache.manifest.scoring.tail_epsilon else counts == {8}
 

@@ -244,6 +244,8 @@ def test_residual_samples_make_the_reconstruction_unbiased(vocabulary: int, samp
     assert abs(scores).max() <= 5
     assert (scores**2).mean() <= 1 + 5 * np.sqrt(2 / len(scores))
     assert (estimate.mean(0)[p == 0] == 0).all()
+    # What `Summary.equal_tail_samples` goes by: R^2 / M, less for strata and for ids that are drawn more than once.
+    assert 0.5 <= estimate.var(0).sum() / ((2 * half) ** 2 / samples) <= 1.1
 
 
 def test_a_short_prefix_and_a_sketch_make_the_whole_teacher() -> None:
