@@ -3,6 +3,7 @@
     python -m benchmarks.fidelity teacher  --work DIR     a tokenizer and a teacher, trained on Python's own text
     python -m benchmarks.fidelity snapshot --work DIR     KL, its bias, and the student's gradient, at one moment
     python -m benchmarks.fidelity sketches --work DIR     what sketches leave to residual samples, and their bytes
+    python -m benchmarks.fidelity spectrum --work DIR     the same of made-up teachers, by how steep their spectrum is
     python -m benchmarks.fidelity train    --work DIR     students of one start under each setting; goes on when killed
     python -m benchmarks.fidelity show     --work DIR     the tables, in markdown
 
@@ -64,6 +65,9 @@ SNAPSHOT = [
 SNAPSHOT += [f"sketch:4:{r}:{m}" for r in (8, 16, 32) for m in (0, 8, 16)]
 # Rows of the students' text that sketches and mean tails are made of.
 CALIBRATION = 64
+# Residual samples, and how fast the singular values of made-up logits fall: s_i = i ** -exponent.
+RESIDUALS = 8
+EXPONENTS = (0.5, 0.75, 1.0, 1.25)
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,10 @@ class Setting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["teacher", "snapshot", "sketches", "train", "show"])
-    parser.add_argument("--work", type=Path, required=True, help="where everything is kept")
+    parser.add_argument("step", choices=["teacher", "snapshot", "sketches", "spectrum", "train", "show"])
+    parser.add_argument(
+        "--work", type=Path, default=Path("fidelity"), help="where everything is kept; default: fidelity/"
+    )
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=192, help="of the teacher")
     parser.add_argument("--layers", type=int, default=4)
@@ -127,8 +133,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    steps = {"teacher": make_teacher, "snapshot": snapshot, "sketches": sketches, "train": train, "show": show}
-    steps[arguments.step](arguments)
+    steps = {"teacher": make_teacher, "snapshot": snapshot, "sketches": sketches, "spectrum": spectrum}
+    {**steps, "train": train, "show": show}[arguments.step](arguments)
 
 
 # Teacher, text and students -------------------------------------------------------------------------------------------
@@ -486,27 +492,65 @@ def expectation_kl(bench: Bench, setting: Setting, ids: torch.Tensor, student: B
 @torch.no_grad()
 def sketches(arguments: argparse.Namespace) -> None:
     """Of held-out text: the share of the logits' variance that a sketch explains, the KL from the teacher to what it
-    gives back, and the mean mass R of what is left, which is 1 without a sketch: the noise of M residual samples goes
-    with R^2 / M.
+    gives back, the mean mass R of what is left, which is 1 without a sketch, and how many samples of the tail would be
+    as noisy as RESIDUALS of what is left (see `Summary`).
     """
     bench = Bench(arguments)
-    print("| setting | explained | KL | R | R^2 | bytes per token |")
+    print(f"| setting | explained | KL | R | tail samples as noisy as {RESIDUALS} residual ones | bytes with these |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in arguments.settings or SKETCHES:
         setting = Setting.parse(name)
-        sketch, found = bench.sketch(setting.rank), []
+        sketch, kl, rows = bench.sketch(setting.rank), [], []
         for ids in bench.held_out[:16].split(4):
             logits = bench.teacher_logits(ids)
-            kl = expectation_kl(bench, replace(setting, samples=0), ids, bench.teacher)
-            rows = stored_rows(bench, setting, ids, logits, 0)
-            # As much as a tail weighs, so much does its noise.
-            share, left = rows.tail_logmass.exp(), rows.residual_mass
-            assert left is not None
-            found.append([kl, (share * left).sum() / share.sum(), (share * left).square().sum() / share.square().sum()])
-        kl, left, square = torch.tensor(found).mean(0).tolist()
-        explained = sketch.explained[setting.rank - 1].item()
-        cells = f"{explained:.3f} | {kl:.4f} | {left:.3f} | {square:.3f} | {bytes_per_token(bench, setting):.1f}"
+            kl.append(expectation_kl(bench, replace(setting, samples=0), ids, bench.teacher))
+            rows.append(stored_rows(bench, setting, ids, logits, 0))
+        explained, left, equal = of_sketch(sketch, rows)
+        written = bytes_per_token(bench, replace(setting, samples=RESIDUALS))
+        cells = f"{explained:.3f} | {statistics.mean(kl):.4f} | {left:.3f} | {equal:.0f} | {written:.1f}"
         print(f"| `{name}` | {cells} |", flush=True)
+
+
+def of_sketch(sketch: Sketch, rows: list[Any]) -> tuple[float, float, float]:
+    """Explained share, mean residual mass, and the tail samples that RESIDUALS residual ones equal; of rows with
+    `tail_logmass` and `residual_mass`. A tail weighs as much as its mass, and so does its noise.
+    """
+    tail = torch.cat([each.tail_logmass for each in rows]).double().exp()
+    left = torch.cat([each.residual_mass for each in rows]).double() * tail
+    equal = RESIDUALS * tail.square().sum() / left.square().sum()
+    return sketch.explained[sketch.rank - 1].item(), (left.sum() / tail.sum()).item(), equal.item()
+
+
+@torch.no_grad()
+def spectrum(arguments: argparse.Namespace) -> None:
+    """Sketches of teachers that are made up: Gaussian hidden states of which direction i has the standard deviation
+    i ** -exponent, a head with random weights, and a bias as word frequencies have it, by Zipf's law. What decides is
+    how steep the spectrum is and how sure the teacher; both can be set here, and large models' spectra are published.
+    """
+    vocabulary, hidden, positions, top_n = 16_000, 2048, 400, 4
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn((vocabulary, hidden), generator=generator)
+    bias = -torch.arange(1, vocabulary + 1).float().log()
+    print(f"| exponent | entropy | rank | explained | R | tail samples as noisy as {RESIDUALS} residual ones |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for exponent in EXPONENTS:
+        for deviation in (2.5, 4.5):
+            scales = torch.arange(1, hidden + 1).double() ** -exponent
+            scales *= deviation / scales.norm()
+            moments = HiddenMoments(hidden)
+            moments.count, moments.second = 1, scales.square().diag()
+            states = torch.randn((positions, hidden), generator=generator) * scales.float()
+            logits = states @ head.T + bias
+            log_p = logits.log_softmax(1)
+            gold = log_p.exp().multinomial(1, generator=generator)[:, 0]
+            entropy = -(log_p.exp() * log_p).sum(1).mean().item()
+            for rank in (16, 32, 64, 128):
+                sketch = calibrate(moments, head, bias, rank)
+                sketched = sketch.logits(sketch.encode(states))
+                found = row_statistics(logits.clone(), gold, StatisticsOptions(top_n), sketch_logits=sketched)
+                explained, left, equal = of_sketch(sketch, [found])
+                cells = f"{exponent} | {entropy:.2f} | {rank} | {explained:.3f} | {left:.3f} | {equal:.0f}"
+                print(f"| {cells} |", flush=True)
 
 
 # Over a training ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from stages.sketch_calibration import (
     to_file,
 )
 from stages.statistics import StatisticsOptions
-from stages.summary import Summary, summarize
+from stages.summary import Summary, equal_tail_samples, squared_masses, summarize
 from stages.teacher import Scored, ScoredSequence, Teacher
 from storage import schema
 from storage.cache import MANIFEST, SKETCH, Cache
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 # At most 64 bytes a token, and nearest to the live teacher for them: docs/fidelity.md.
 DEFAULT_TOP_N = 4
 DEFAULT_TAIL_SAMPLES = 28
+# Positions on which a new sketch is tried.
+_TRIED = 2048
 # For students that no samples help: where there are none, and at other temperatures.
 DEFAULT_TOP_N_ALONE = 64
 # With a sketch, whose error they are drawn from.
@@ -397,6 +399,28 @@ def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
     except BaseException:
         teacher.close()
         raise
+
+
+def try_sketch(prepared: PreparedCache) -> tuple[float, float | None]:
+    """The share of the variance of the logits that a sketch just made explains, and how many tail samples would be as
+    noisy as its residual samples (`Summary`), on the first positions of the corpus. Raises as `calibrate` does.
+    """
+    wanted, teacher = prepared.manifest.scoring.sketch, prepared.teacher
+    assert wanted is not None and teacher is not None and prepared.sketch is not None
+    size = prepared.manifest.vocabulary_size
+    file = SketchFile.from_bytes(prepared.sketch, SKETCH, rank=wanted.rank, vocabulary_size=size)
+    if not wanted.residual_samples:
+        return file.explained, None
+    try:
+        teacher.use_sketch(from_file(file))
+        scored = teacher.score(calibration_sequences(prepared.corpus, _TRIED), lambda tokens: None).sequences
+    except BaseException:
+        teacher.close()
+        raise
+    masses = [(s.tail_logmass[s.sequence.loss_mask], s.residual_mass) for s in scored if s.residual_mass is not None]
+    return file.explained, equal_tail_samples(
+        wanted.residual_samples, sum((squared_masses(*each) for each in masses), np.zeros(2))
+    )
 
 
 def _source(options: CacheOptions) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from storage.plan import plan_shards
 _RECEIPT = 430
 _TAIL_SUM = 7.5
 _TAIL_PRIOR = 4
+_OF_A_SKETCH = {schema.SKETCH_CODES.name, schema.RESIDUAL_SAMPLES.name, schema.RESIDUAL_MASS.name}
 # Sequences that a probe scores before the clock starts.
 _WARM_UP = 4
 
@@ -113,6 +114,19 @@ class Plan:
     @property
     def shard_bytes(self) -> float:
         return self.bytes_per_token * self.tokens
+
+    @property
+    def bytes_of_equal_noise(self) -> float | None:
+        """Bytes per token, an estimate, of a cache without the sketch that has as many tail samples as leave the noise
+        of its residual samples. None where no probe has measured that.
+        """
+        equal = None if self.probe is None or self.probe.sketch is None else self.probe.sketch.equal_tail_samples
+        if equal is None:
+            return None
+        samples = equal * self.report.trained_positions
+        samples *= stored_bytes(schema.TAIL_SAMPLES, self.vocabulary_size, self.top_n)
+        rest = sum(column.bytes for column in self.columns if column.name not in _OF_A_SKETCH)
+        return (rest + samples) / self.tokens
 
     @property
     def other_bytes(self) -> float:
@@ -297,6 +311,5 @@ def _probe(prepared: PreparedCache, count: int) -> Probe:
 
 def _probe_sketch(cache: Cache) -> SketchProbe:
     sketch, numbers = cache.sketch(), summarize(cache)
-    explained = sketch.tensors["explained"][len(sketch.tensors["scales"]) - 1]
     size = cache.sketch_path.stat().st_size
-    return SketchProbe(size, float(explained), numbers.mean_sketch_kl, numbers.equal_tail_samples)
+    return SketchProbe(size, sketch.explained, numbers.mean_sketch_kl, numbers.equal_tail_samples)

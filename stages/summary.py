@@ -19,10 +19,7 @@ class Summary:
     mean_sketch_kl: nats from the teacher to what top-N, gold, tail mass and codes give back; mean_residual_mass: of the
     sum of |p - w| over the tail, 0..2. None without a sketch, or without residual samples.
 
-    equal_tail_samples: how many ids drawn from the tail itself, at each position, would leave as much noise in what
-    students learn from as the residual samples do: M sum(m^2) / sum((m R)^2) over positions of tail mass m and
-    residual mass R, since the variance of M draws that stand for a mass is its square over M. Infinite where nothing is
-    left to the samples; None without them.
+    equal_tail_samples: see the function of that name; None without residual samples.
     """
 
     sequences: int
@@ -59,7 +56,7 @@ def summarize(cache: Cache) -> Summary:
     entropy = 0.0
     has_entropy, sketch = cache.manifest.scoring.entropy, cache.manifest.scoring.sketch
     drawn = 0 if sketch is None else sketch.residual_samples
-    tail_square = residual_square = 0.0
+    squares = np.zeros(2)
     names = ["loss_mask", "gold_logprob"]
     names += ["entropy"] * has_entropy + ["tail_logmass", "residual_mass"] * (drawn > 0)
     for rows in cache.column(*names):
@@ -68,9 +65,7 @@ def summarize(cache: Cache) -> Summary:
         if has_entropy:
             entropy += float(rows["entropy"].values[mask].sum(dtype=np.float64))
         if drawn:
-            square = np.exp(2 * rows["tail_logmass"].values[mask].astype(np.float64))
-            tail_square += float(square.sum())
-            residual_square += float((square * rows["residual_mass"].values.astype(np.float64) ** 2).sum())
+            squares += squared_masses(rows["tail_logmass"].values[mask], rows["residual_mass"].values)
     gold_logprob = np.concatenate(gold)
     stored = max(1, len(gold_logprob))
     # Quantiles of UNC = 1 - p(gold), taken on the log where float32 keeps the digits of a sure teacher.
@@ -89,8 +84,22 @@ def summarize(cache: Cache) -> Summary:
         mean_entropy=entropy / stored if has_entropy else None,
         mean_sketch_kl=_mean([receipt.sum_sketch_kl for receipt in receipts], stored),
         mean_residual_mass=_mean([receipt.sum_residual_mass for receipt in receipts], stored),
-        equal_tail_samples=(drawn * tail_square / residual_square if residual_square else np.inf) if drawn else None,
+        equal_tail_samples=equal_tail_samples(drawn, squares),
     )
+
+
+def squared_masses(tail_logmass: np.ndarray, residual_mass: np.ndarray) -> np.ndarray:
+    """float64 `[2]`, of positions `[P]` each: the sums of m^2 and (m R)^2, with tail mass m and residual mass R."""
+    tail = np.exp(2 * tail_logmass.astype(np.float64))
+    return np.array([tail.sum(), (tail * residual_mass.astype(np.float64) ** 2).sum()])
+
+
+def equal_tail_samples(residual_samples: int, squares: np.ndarray) -> float | None:
+    """How many ids drawn from the tail itself, at each position, would leave as much noise in what students learn from
+    as M residual samples do: M sum(m^2) / sum((m R)^2), since the variance of M draws that stand for a mass is its
+    square over M. squares: see `squared_masses`. None without samples, or where nothing is left to them.
+    """
+    return residual_samples * float(squares[0] / squares[1]) if residual_samples and squares[1] else None
 
 
 def _mean(sums: Sequence[float | None], stored: int) -> float | None:

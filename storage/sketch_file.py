@@ -44,6 +44,12 @@ class SketchFile:
     tensors: Mapping[str, np.ndarray]
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def explained(self) -> float:
+        """The share of the variance of the teacher's logits that this rank explains, on what it was calibrated on."""
+        known = self.tensors["explained"]
+        return float(known[min(len(self.tensors["scales"]), len(known)) - 1])
+
     def to_bytes(self) -> bytes:
         from safetensors.numpy import save
 

@@ -214,7 +214,7 @@ def command(**given: Any) -> None:
       pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
       pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
     """
-    from stages.caching import calibrate, prepare, run
+    from stages.caching import calibrate, prepare, run, try_sketch
 
     prepared = prepare(cache_options(given))
     report_corpus(prepared.report)
@@ -231,6 +231,7 @@ def command(**given: Any) -> None:
         click.echo("calibrating the sketch on the first positions", err=True)
         with Progress("calibrating", sum(len(s.input_ids) for s in sequences)) as progress:
             calibrate(prepared, progress.advance)
+        _report_sketch(*try_sketch(prepared))
     if prepared.pending:
         with Progress("caching", tokens, done_before=prepared.done_tokens) as progress:
             cache, numbers = run(prepared, progress.advance)
@@ -247,6 +248,21 @@ def cache_options(given: dict[str, Any]) -> CacheOptions:
     columns = {name: given.pop(name) for name in names}
     given["logprob_bits"] = int(given["logprob_bits"])
     return CacheOptions(engine_options(given), columns=columns, **given)
+
+
+def _report_sketch(explained: float, equal_tail_samples: float | None) -> None:
+    from stages.caching import DEFAULT_TAIL_SAMPLES
+
+    click.echo(f"the sketch explains {explained:.3f} of the variance of the teacher's logits", err=True)
+    if equal_tail_samples is None:
+        return
+    click.echo(f"its residual samples are as noisy as {equal_tail_samples:,.0f} tail samples would be", err=True)
+    if equal_tail_samples < DEFAULT_TAIL_SAMPLES:
+        click.echo(
+            f"{DEFAULT_TAIL_SAMPLES} tail samples, the default without --sketch-rank, are nearer to this teacher; "
+            "a higher rank may be, too",
+            err=True,
+        )
 
 
 def report_corpus(report: CorpusReport) -> None:

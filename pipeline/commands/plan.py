@@ -73,6 +73,7 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
             "teacher_seconds": found.teacher_seconds,
             "caching_seconds": found.caching_seconds,
             "runs_to_pay": found.runs_to_pay,
+            "bytes_of_equal_noise": found.bytes_of_equal_noise,
         }
         click.echo(json.dumps({**asdict(found), **derived}, indent=2))
         return
@@ -124,4 +125,6 @@ def _sketch_rows(found: Plan) -> list[tuple[str, object]]:
         ("KL of the sketch", "unknown" if measured.mean_kl is None else f"{measured.mean_kl:.4g} nats"),
         *noise_rows(measured.equal_tail_samples),
     ]
+    if found.bytes_of_equal_noise is not None:
+        rows.append(("which would take", f"{found.bytes_of_equal_noise:,.1f} bytes per token (estimate)"))
     return rows

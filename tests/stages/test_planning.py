@@ -73,7 +73,13 @@ def test_a_sketch_is_planned_and_probed(options: CacheOptions) -> None:
     assert measured.bytes_per_token == pytest.approx(estimated.bytes_per_token, rel=0.3)
     # The sketch's file is the same for a sample and for the whole corpus.
     plain = planning.plan(options)
+    assert measured.probe is not None and measured.probe.sketch is not None
     assert estimated.other_bytes - plain.other_bytes == pytest.approx(measured.probe.sketch.bytes, rel=0.2)
+    # The bytes of a cache with that many samples, planned as one.
+    samples = round(measured.probe.sketch.equal_tail_samples)
+    as_noisy = planning.plan(replace(options, top_n=4, tail_samples=samples))
+    assert measured.bytes_of_equal_noise == pytest.approx(as_noisy.bytes_per_token, rel=0.1)
+    assert estimated.bytes_of_equal_noise is None
 
 
 def test_when_it_has_paid() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -437,3 +438,24 @@ def test_inspect_shows_what_other_ranks_would_do(cache: Cache, pipeline: Callabl
     positions = sum(receipt.stored_positions for receipt in cache.receipts())
     assert f"KL of the sketch: {kl / positions:.4g} nats" in shown.out
     assert f"KL from the teacher {kl / positions:.4g} nats" in (Path(cache.path) / "README.md").read_text()
+
+
+def test_a_new_sketch_is_tried_before_the_corpus_is_scored(
+    tiny: Tiny, cache: Cache, tmp_path: Path, pipeline: Callable[..., Finished]
+) -> None:
+    options = ["--sketch-rank", RANK, "--residual-samples", SAMPLES, "--sketch-positions", POSITIONS, "--limit", 20]
+    made = pipeline(
+        "cache-teacher", "--teacher", tiny.teacher, "--dataset", tiny.corpus, "--output", tmp_path / "cache",
+        "--engine", "transformers", "--top-n", 8, "--shard-tokens", 1500, "--processes", 1, *options,
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    assert contents(tmp_path / "cache") == contents(Path(cache.path))
+    summary = summarize(cache)
+    said = re.search(r"its residual samples are as noisy as ([\d,]+) tail samples would be", made.err)
+    assert said is not None and summary.equal_tail_samples is not None
+    # The first positions here, all of them there.
+    assert int(said[1].replace(",", "")) == pytest.approx(summary.equal_tail_samples, rel=0.25)
+    assert f"the sketch explains {cache.sketch().explained:.3f} of the variance" in made.err
+    shown = f"noise of residual samples: that of {summary.equal_tail_samples:,.0f} tail samples"
+    assert shown in made.out
+    assert ("are nearer to this teacher" in made.err) == (summary.equal_tail_samples < 28)
