@@ -99,7 +99,7 @@ class Prepared:
 
     tail: the objective's. eval_sketch: what the held-out KL has for the tail, where it takes a sketch; the same as the
     tail's where that is one. lengths: int64, token ids of each training sequence, cache after cache, where the batches
-    depend on them.
+    depend on them. passed_over: a sentence on what all caches hold and `--tail auto` could not use.
     """
 
     options: StudentOptions
@@ -111,6 +111,7 @@ class Prepared:
     lengths: np.ndarray | None
     checkpoint: str | None
     finished: dict[str, Any] | None
+    passed_over: str | None = None
 
     @property
     def cache(self) -> Cache:
@@ -165,7 +166,7 @@ def prepare(options: StudentOptions) -> Prepared:
         has_sketch=sketch is not None,
         has_residuals=sketch is not None and sketch.residual_samples > 0,
     )
-    options = replace(options, objective=objective)
+    asked, options = options.objective.tail, replace(options, objective=objective)
     tail = make_tail(objective, caches)
     for cache in caches:
         extra_columns(objective, cache)
@@ -175,7 +176,8 @@ def prepare(options: StudentOptions) -> Prepared:
         eval_sketch = tail.sketch or from_file(caches[0].sketch())
     checkpoint, finished = _previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
-    return Prepared(options, parts, arguments, tail, eval_sketch, plan, lengths, checkpoint, finished)
+    note = _passed_over(caches, objective.tail) if asked == "auto" and objective.name != "ce" else None
+    return Prepared(options, parts, arguments, tail, eval_sketch, plan, lengths, checkpoint, finished, note)
 
 
 def open_caches(paths: Sequence[str], checksums: str = "start") -> list[Cache]:
@@ -261,6 +263,19 @@ def common_sketch(caches: Sequence[Cache]) -> SketchIdentity | None:
         for other in others
     )
     return first if same else None
+
+
+def _passed_over(caches: Sequence[Cache], taken: str) -> str | None:
+    """Why several caches are read as less than each of them holds."""
+    scorings = [cache.manifest.scoring for cache in caches]
+    if taken not in ("sketch", "sampled") and all(scoring.sketch for scoring in scorings) and not common_sketch(caches):
+        why = "these caches have different sketches, and one run reads one: cache-teacher --sketch-from gives it to all"
+    elif taken not in ("sketch", "sampled") and len({s.tail_samples for s in scorings} - {0}) > 1:
+        counts = ", ".join(str(scoring.tail_samples) for scoring in scorings)
+        why = f"these caches hold different numbers of tail samples ({counts}), and one run reads one"
+    else:
+        return None
+    return f"--tail auto takes {taken}: {why}"
 
 
 def measured_columns(caches: Sequence[Cache]) -> list[str]:

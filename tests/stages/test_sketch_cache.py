@@ -423,8 +423,12 @@ def test_what_the_tail_sketch_needs(
     different = make_cache(tmp_path / "different", **{**OPTIONS, "limit": 12})
     with pytest.raises(CacheError, match=r"has another sketch than .*--sketch-from"):
         preparing(cache.path, different.path)
-    assert preparing(cache.path, different.path, tail="auto").options.objective.tail == "prior"
-    assert preparing(cache.path, tail="auto").options.objective.tail == "sketch"
+    without = preparing(cache.path, different.path, tail="auto")
+    assert without.options.objective.tail == "prior"
+    assert without.passed_over.startswith("--tail auto takes prior: these caches have different sketches")
+    assert preparing(cache.path, different.path, tail="prior").passed_over is None
+    alone = preparing(cache.path, tail="auto")
+    assert alone.options.objective.tail == "sketch" and alone.passed_over is None
 
 
 def test_inspect_shows_what_other_ranks_would_do(cache: Cache, pipeline: Callable[..., Finished]) -> None:
