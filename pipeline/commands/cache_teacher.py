@@ -74,7 +74,7 @@ _TURNS = ("all", "last", "each")
     type=click.IntRange(1, 4096),
     show_default="no sketch",
     help="Keep a code of this many bytes per position, e.g. 32, that says what the teacher's whole tail looks like, as "
-    "the best approximation of its logits of this rank. Up to the teacher's hidden size; engines transformers and vllm.",
+    "the best approximation of its logits of this rank; at most the hidden size. Engines transformers and vllm.",
 )
 @click.option(
     "--residual-samples",
