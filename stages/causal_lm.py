@@ -57,6 +57,8 @@ class BodyAndHead:
         self.linear_head: nn.Linear | None = None
         self._head = copy.copy(model)
         self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough()}
+        # One that was put on the instance (a trainer's, an offloader's) runs the whole model, not this copy.
+        self._head.__dict__.pop("forward", None)
         output = model.get_output_embeddings()
         self._head_dtype = output.weight.dtype
         if fp32_head and self._head_dtype in (torch.float16, torch.bfloat16):

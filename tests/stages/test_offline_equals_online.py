@@ -100,6 +100,21 @@ def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, fu
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}")
 
 
+def test_a_model_that_is_given_to_a_second_trainer_is_cut_again(tiny: Tiny) -> None:
+    """And not run whole, with all its logits in memory, because a forward of ours stands in its own's place."""
+    student = load(tiny.student)
+    for _ in range(2):
+        vocabulary = install_distillation(student)
+    ids, rows = torch.arange(12).reshape(2, 6), torch.tensor([0, 1, 7])
+
+    def both(hidden: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> Any:
+        return hidden.shape, head(hidden)
+
+    shape, logits = student(distillation=both, input_ids=ids, rows=rows)
+    assert shape == (3, student.config.hidden_size) and logits.shape == (3, vocabulary)
+    torch.testing.assert_close(logits, student(input_ids=ids).logits.flatten(0, 1)[rows])
+
+
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 def test_five_steps_of_a_cached_and_of_an_online_student(
     batching: str, full_cache: Any, tiny: Tiny, tmp_path: Path
