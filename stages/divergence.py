@@ -37,8 +37,8 @@ class TeacherRows:
     gold: int64 `[R]`; gold_logprob, tail_logmass: float32 `[R]`, nats;
     top_ids: int64 `[R, N]`; top_logprobs: float32 `[R, N]`, -inf where a position has fewer entries;
     tail_samples: int64 `[R, M]`, -1 where the tail is empty; entropy: float `[R]`, nats, of the teacher's full
-    distribution; None where they were not read. sketch_codes: uint8 `[R, r]`; residual_samples: int64 `[R, M]` and
-    residual_mass: float `[R]`, as in RowStatistics.
+    distribution; None where they were not read. sketch_codes: uint8 `[R, r]`, with `Sketches` `[R, 1 + r]`;
+    residual_samples: int64 `[R, M]` and residual_mass: float `[R]`, as in RowStatistics.
     """
 
     gold: torch.Tensor

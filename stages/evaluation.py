@@ -12,7 +12,7 @@ import torch
 
 from stages.distillation_forward import Head
 from stages.divergence import BUCKET, TeacherRows, divergences, student_terms, teacher_terms
-from stages.sketch import Sketch
+from stages.sketch import Sketch, Sketches
 from stages.statistics import rows_per_slice
 from stages.tail import Tail
 
@@ -30,7 +30,7 @@ def sums_by_sequence(
     *,
     sequences: int,
     vocabulary_size: int,
-    sketch: Sketch | None = None,
+    sketch: Sketch | Sketches | None = None,
 ) -> torch.Tensor:
     """float64 `[sequences, 3, 1 + 4]` on the CPU: tokens and the sums of MEASURES over each group of GROUPS.
 
@@ -49,7 +49,7 @@ def sums_by_sequence(
     return torch.zeros((sequences, *grouped.shape[1:]), dtype=torch.float64).index_add_(0, sequence_of.cpu(), grouped)
 
 
-def measured_tail(rows: TeacherRows, sketch: Sketch | None) -> Tail:
+def measured_tail(rows: TeacherRows, sketch: Sketch | Sketches | None) -> Tail:
     """What the held-out KL has for the teacher's tail."""
     sketched = sketch is not None and rows.sketch_codes is not None
     if sketched and rows.residual_samples is not None and rows.entropy is not None:
@@ -59,7 +59,7 @@ def measured_tail(rows: TeacherRows, sketch: Sketch | None) -> Tail:
     return Tail("sketch", sketch=sketch) if sketched else BUCKET
 
 
-def _measures(logits: torch.Tensor, rows: TeacherRows, sketch: Sketch | None) -> torch.Tensor:
+def _measures(logits: torch.Tensor, rows: TeacherRows, sketch: Sketch | Sketches | None) -> torch.Tensor:
     """`[R, 1 + 4]`: a one, and each of MEASURES."""
     tail = measured_tail(rows, sketch)
     terms = divergences(student_terms(logits, rows, tail), teacher_terms(rows, tail.mode))

@@ -27,7 +27,7 @@ import torch
 
 from stages.divergence import Direction, Divergences, StudentTerms, TeacherTerms, divergences
 from stages.ranking import RankScope
-from stages.sketch import Sketch
+from stages.sketch import Sketch, Sketches
 from stages.tail import Compared, Tail, TailChoice
 
 ObjectiveName = Literal["atkd", "kl", "tkd", "dkd", "tkd+dkd", "jsd", "tvd", "ce"]
@@ -98,7 +98,7 @@ class Objective:
             return replace(self, tail="sketch")
         return replace(self, tail="prior" if has_prior and not self._lumps_tail else "bucket")
 
-    def sketch_tail(self, sketch: Sketch) -> Tail:
+    def sketch_tail(self, sketch: Sketch | Sketches) -> Tail:
         """The tail mode `sketch` for this objective."""
         return Tail("sketch", sketch=sketch, compared=self.compared, beta=self.beta, temperature=self.temperature)
 

@@ -206,7 +206,9 @@ class Collator:
 
     objective: decides rank scope and hard ratio. vocabulary_size: the student's; entries beyond it join the tail,
     since no student id stands for them. corpus_threshold: log p(gold) at or below which a token is hard, for the
-    rank scope `corpus`. packed: one row that holds all sequences, told apart by positions that start anew.
+    rank scope `corpus`. packed: one row that holds all sequences, told apart by positions that start anew. sketches:
+    for each cache of the run the number of its sketch, which then comes before its codes (`Sketches`); None where all
+    have the same one.
 
     The batch: `input_ids` int64 `[B, L]`, right-padded with 0, or packed `[1, T]` with `position_ids` int64 `[1, T]`;
     `rows` int64 `[R]`, index of each stored position in the flattened input; `sequence_of` int64 `[R]`; `source`
@@ -219,6 +221,7 @@ class Collator:
     vocabulary_size: int
     corpus_threshold: float | None = None
     packed: bool = False
+    sketches: tuple[int, ...] | None = None
 
     def __call__(self, sequences: Sequence[StoredSequence] | UserError) -> dict[str, np.ndarray] | UserError:
         # What a worker could not read, on its way to the process that reports it.
@@ -263,6 +266,9 @@ class Collator:
             if getattr(sequences[0], name) is not None:
                 values = np.concatenate([getattr(s, name) for s in sequences])
                 batch[name] = values if name == "residual_mass" else values.reshape(len(gold_logprob), -1)
+        if self.sketches is not None and "sketch_codes" in batch:
+            which = np.repeat([self.sketches[s.source] for s in sequences], counts).astype(np.uint8)
+            batch["sketch_codes"] = np.concatenate([which[:, None], batch["sketch_codes"]], 1)
         if all(s.entropy is not None for s in sequences):
             batch["entropy"] = np.concatenate([s.entropy for s in sequences if s.entropy is not None])
         return batch

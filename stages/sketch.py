@@ -91,6 +91,10 @@ class Sketch:
     def rank(self) -> int:
         return len(self.scales)
 
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.bias)
+
     def to(self, device: torch.device | str) -> Sketch:
         # Of the fields alone: what is made from them is made again there.
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -121,6 +125,41 @@ class Sketch:
         if self.soft_cap is not None:
             x.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return x
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """Several sketches of one vocabulary and one rank, for rows of several caches: the first code of each row says
+    which sketch the others are for.
+    """
+
+    parts: tuple[Sketch, ...]
+
+    def __post_init__(self) -> None:
+        if len({(len(part.bias), part.rank) for part in self.parts}) != 1:
+            raise ValueError("sketches of one run have one vocabulary and one rank")
+        if len(self.parts) > 256:
+            raise ValueError("a code of a byte tells 256 sketches apart")
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.parts[0].vocabulary_size
+
+    def to(self, device: torch.device | str) -> Sketches:
+        return Sketches(tuple(part.to(device) for part in self.parts))
+
+    def logits(self, codes: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """As `Sketch.logits`, of codes uint8 `[C, 1 + r]`."""
+        which, codes = codes[:, 0], codes[:, 1:]
+        if out is None:
+            out = torch.empty((len(codes), self.vocabulary_size), device=codes.device)
+        for number, part in enumerate(self.parts):
+            rows = (which == number).nonzero()[:, 0]
+            if len(rows) == len(codes):
+                part.logits(codes, out=out)
+            elif len(rows):
+                out[rows] = part.logits(codes[rows])
+        return out
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
     from stages.batching import BatchPlan
-    from stages.sketch import Sketch
+    from stages.sketch import Sketch, Sketches
     from stages.tail import Tail
     from stages.training import DistillationTrainer
 
@@ -106,7 +106,7 @@ class Prepared:
     parts: list[Part]
     arguments: Any  # transformers.TrainingArguments
     tail: Tail
-    eval_sketch: Sketch | None
+    eval_sketch: Sketch | Sketches | None
     plan: BatchPlan
     lengths: np.ndarray | None
     checkpoint: str | None
@@ -140,7 +140,6 @@ def prepare(options: StudentOptions) -> Prepared:
     from stages.compatibility import cache_tokenizer, check_head, check_tokenizer
     from stages.pretrained import load_config, load_tokenizer
     from stages.shard_dataset import split_held_out
-    from stages.sketch_calibration import from_file
 
     arguments = training_arguments(options)
     paths = [options.shards] if isinstance(options.shards, str) else options.shards
@@ -173,7 +172,7 @@ def prepare(options: StudentOptions) -> Prepared:
     parts = [Part(cache, *split_held_out(cache, options.eval_share)) for cache in caches]
     eval_sketch = None
     if any(len(part.eval_ids) for part in parts) and "sketch_codes" in measured_columns(caches):
-        eval_sketch = tail.sketch or from_file(caches[0].sketch())
+        eval_sketch = tail.sketch or read_sketches(caches)
     checkpoint, finished = _previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
     note = _passed_over(caches, objective.tail) if asked == "auto" and objective.name != "ce" else None
@@ -256,21 +255,42 @@ def sketch_columns(cache: Cache) -> list[str]:
 
 
 def common_sketch(caches: Sequence[Cache]) -> SketchIdentity | None:
-    """The sketch of all caches, where they have the same one."""
+    """The first cache's sketch, where all have one of its rank and as many residual samples."""
     first, *others = (cache.manifest.scoring.sketch for cache in caches)
     same = first is not None and all(
-        other is not None and (other.sha256, other.residual_samples) == (first.sha256, first.residual_samples)
+        other is not None and (other.rank, other.residual_samples) == (first.rank, first.residual_samples)
         for other in others
     )
     return first if same else None
 
 
+def sketch_numbers(caches: Sequence[Cache]) -> tuple[int, ...] | None:
+    """Which of the sketches of `read_sketches` each cache has; None where all have the same one, or some have none."""
+    sums = [cache.manifest.scoring.sketch.sha256 for cache in caches if cache.manifest.scoring.sketch is not None]
+    different = list(dict.fromkeys(sums))
+    return tuple(map(different.index, sums)) if len(sums) == len(caches) and len(different) > 1 else None
+
+
+def read_sketches(caches: Sequence[Cache]) -> Sketch | Sketches:
+    """The sketch that all caches have, or the different ones in the order of the caches."""
+    from stages.sketch import Sketches
+    from stages.sketch_calibration import from_file
+
+    numbers = sketch_numbers(caches)
+    if numbers is None:
+        return from_file(caches[0].sketch())
+    first = [numbers.index(number) for number in range(max(numbers) + 1)]
+    return Sketches(tuple(from_file(caches[place].sketch()) for place in first))
+
+
 def _passed_over(caches: Sequence[Cache], taken: str) -> str | None:
     """Why several caches are read as less than each of them holds."""
     scorings = [cache.manifest.scoring for cache in caches]
-    if taken not in ("sketch", "sampled") and all(scoring.sketch for scoring in scorings) and not common_sketch(caches):
-        why = "these caches have different sketches, and one run reads one: cache-teacher --sketch-from gives it to all"
-    elif taken not in ("sketch", "sampled") and len({s.tail_samples for s in scorings} - {0}) > 1:
+    if taken in ("sketch", "sampled"):
+        return None
+    if all(scoring.sketch for scoring in scorings) and not common_sketch(caches):
+        why = "the sketches of these caches differ in rank or in how many residual samples they have"
+    elif len({scoring.tail_samples for scoring in scorings} - {0}) > 1:
         counts = ", ".join(str(scoring.tail_samples) for scoring in scorings)
         why = f"these caches hold different numbers of tail samples ({counts}), and one run reads one"
     else:
@@ -292,7 +312,6 @@ def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
     """The objective's tail mode with what the caches hold for it. Raises CacheError where one holds nothing."""
     import torch
 
-    from stages.sketch_calibration import from_file
     from stages.tail import Tail, log_prior
 
     assert objective.tail != "auto", "Objective.for_cache decides it"
@@ -316,10 +335,10 @@ def make_tail(objective: Objective, caches: Sequence[Cache]) -> Tail:
                 )
         if common_sketch(caches) is None:
             raise CacheError(
-                f"{caches[1].path}: has another sketch than {caches[0].path}; --tail sketch needs the same one in all "
-                "(cache-teacher --sketch-from)"
+                f"{caches[0].path} and the other caches have sketches of different rank or with different numbers of "
+                "residual samples; --tail sketch needs both the same in all"
             )
-        return objective.sketch_tail(from_file(caches[0].sketch()))
+        return objective.sketch_tail(read_sketches(caches))
     if objective.tail != "prior":
         return Tail(objective.tail)
     total, positions = np.zeros(caches[0].manifest.vocabulary_size), 0
@@ -503,6 +522,8 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     threshold = None
     if objective.rank_scope == "corpus":
         threshold = corpus_threshold([(part.cache, part.train_ids) for part in parts], objective.hard_ratio)
+    sketches = sketch_numbers([part.cache for part in parts])
+    packed = prepared.plan.batching == "packed"
     eval_dataset: Mixture | None = None
     eval_collator = None
     if prepared.held_out:
@@ -513,6 +534,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
             replace(objective, rank_scope="corpus"),
             vocabulary,
             corpus_threshold([(part.cache, part.eval_ids) for part in parts], objective.hard_ratio),
+            sketches=sketches,
         )
     trained = [
         opened(part.cache, part.train_ids, extra_columns(objective, part.cache), i) for i, part in enumerate(parts)
@@ -522,7 +544,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         args=prepared.arguments,
         train_dataset=Mixture(trained, options.mix or None),
         eval_dataset=eval_dataset,
-        data_collator=Collator(objective, vocabulary, threshold, packed=prepared.plan.batching == "packed"),
+        data_collator=Collator(objective, vocabulary, threshold, packed, sketches),
         eval_collator=eval_collator,
         eval_sketch=prepared.eval_sketch,
         objective=objective,

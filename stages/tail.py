@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 if TYPE_CHECKING:
-    from stages.sketch import Sketch
+    from stages.sketch import Sketch, Sketches
 
 TailMode = Literal["bucket", "drop", "prior", "sampled", "sketch"]
 TAIL_MODES: tuple[str, ...] = get_args(TailMode)
@@ -50,7 +50,7 @@ class Tail:
     mode: TailMode = "bucket"
     gamma: float = 0.5
     log_prior: torch.Tensor | None = None
-    sketch: Sketch | None = None
+    sketch: Sketch | Sketches | None = None
     compared: Compared = "forward"
     beta: float = 0.5
     temperature: float = 1.0
@@ -84,13 +84,13 @@ class Tail:
     ) -> torch.Tensor:
         """float32 `[C, width]` whose softmax is w: 0 on the kept ids `[C, N]` and on gold `[C, 1]`.
 
-        codes: uint8 `[C, r]`. width: of the student's vocabulary, which may be wider than the teacher's. out: memory
-        for it.
+        codes: uint8 `[C, r]`, of `Sketches` `[C, 1 + r]`. width: of the student's vocabulary, which may be wider than
+        the teacher's. out: memory for it.
         """
         if self.sketch is None:
             raise ValueError("the tail mode `sketch` needs a sketch")
         x = torch.empty((len(codes), width), device=codes.device) if out is None else out
-        known = x[:, : len(self.sketch.bias)]
+        known = x[:, : self.sketch.vocabulary_size]
         self.sketch.logits(codes, out=known)
         x[:, known.shape[1] :] = _ABSENT
         if self.temperature != 1.0:

@@ -28,7 +28,7 @@ from stages.head_loss import head_loss
 from stages.objective import Coefficients, Objective, coefficients, compare, weighted_sum
 from stages.packing import check_packing
 from stages.shard_dataset import Collator, as_tensors, teacher_rows
-from stages.sketch import Sketch
+from stages.sketch import Sketch, Sketches
 from stages.tail import Tail
 from storage.errors import RunError, UserError
 
@@ -58,7 +58,7 @@ class DistillationTrainer(Trainer):
         objective: Objective,
         tail: Tail = BUCKET,
         eval_collator: Collator | None = None,
-        eval_sketch: Sketch | None = None,
+        eval_sketch: Sketch | Sketches | None = None,
         plan: BatchPlan | None = None,
         lengths: np.ndarray | None = None,
         cache_names: Sequence[str] = ("",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,15 @@ from stages.engines import EngineOptions
 from stages.objective import Objective
 from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.sketch_calibration import from_file
-from stages.student import StudentOptions, extra_columns, make_tail, make_trainer, train
+from stages.student import (
+    StudentOptions,
+    common_sketch,
+    extra_columns,
+    make_tail,
+    make_trainer,
+    sketch_numbers,
+    train,
+)
 from stages.student import prepare as prepare_student
 from stages.summary import summarize
 from storage.cache import Cache
@@ -317,6 +326,12 @@ def other(cache: Cache, make_cache: Callable[..., Any], tmp_path_factory: pytest
     return make_cache(tmp_path_factory.mktemp("other") / "cache", **more)
 
 
+@pytest.fixture(scope="module")
+def own(make_cache: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """As wide a sketch as the first's, calibrated on less text."""
+    return make_cache(tmp_path_factory.mktemp("own") / "cache", **{**OPTIONS, "sketch_positions": 200})
+
+
 def test_the_sketch_of_another_cache(cache: Cache, other: Cache) -> None:
     assert other.sketch_bytes() == cache.sketch_bytes()
     ours, theirs = cache.read_shard(0), other.read_shard(0)
@@ -361,6 +376,55 @@ def test_a_batch_of_shards_against_float64(either: Cache) -> None:
         terms = student_terms(torch.from_numpy(logits), rows, tail)
         # The entropy and the entries are of 16 bits.
         np.testing.assert_allclose(divergences(terms, teacher_terms(rows, "sketch")).whole, wanted, atol=1e-2)
+
+
+def test_a_batch_of_caches_with_sketches_of_their_own(cache: Cache, own: Cache) -> None:
+    """Each position's tail is what its own cache's sketch says, as in a batch of that cache alone."""
+    objective = Objective("kl", tail="sketch")
+    assert own.sketch_bytes() != cache.sketch_bytes() and common_sketch([cache, own]) is not None
+    caches = [cache, own, cache]
+    assert sketch_numbers(caches) == (0, 1, 0) and sketch_numbers([cache, cache]) is None
+    columns = extra_columns(objective, cache)
+    parts = [ShardDataset(each, np.arange(4), extra=columns, source=i) for i, each in enumerate(caches)]
+    sequences = [parts[0][1], parts[1][2], parts[2][3], parts[1][0]]
+    collator = Collator(objective, VOCABULARY, sketches=sketch_numbers(caches))
+    rows, tail = teacher_rows(as_tensors(collator.batch(sequences))), make_tail(objective, caches)
+    assert rows.sketch_codes is not None and rows.sketch_codes.shape == (len(rows), 1 + RANK)
+    logits = torch.randn((len(rows), VOCABULARY), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = divergences(student_terms(logits, rows, tail), teacher_terms(rows, "sketch")).whole
+    start = 0
+    for sequence in sequences:
+        alone = teacher_rows(as_tensors(Collator(objective, VOCABULARY).batch([sequence])))
+        tail = make_tail(objective, [caches[sequence.source]])
+        part = slice(start, start := start + len(alone))
+        terms = student_terms(logits[part], alone, tail)
+        torch.testing.assert_close(divergences(terms, teacher_terms(alone, "sketch")).whole, whole[part])
+        other = make_tail(objective, [caches[1 - sequence.source % 2]])
+        wrong = divergences(student_terms(logits[part], alone, other), teacher_terms(alone, "sketch")).whole
+        assert (wrong - whole[part]).abs().max() > 1e-2
+    assert start == len(rows)
+
+
+def test_a_student_is_trained_from_caches_with_sketches_of_their_own(
+    tiny: Tiny, cache: Cache, own: Cache, tmp_path: Path, pipeline: Callable[..., Finished]
+) -> None:
+    words = ["train-student", "--student", tiny.student, "--shards", cache.path, "--shards", own.path]
+    words += ["--objective", "kl", "--output", tmp_path / "out", "--max-steps", 30, "--learning-rate", 1e-2]
+    trained = pipeline(*words)
+    assert trained.code == 0, trained.err
+    assert "tail: sketch" in trained.out and "--tail auto" not in trained.err
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    # The mixed held-out share is measured as the two are, each alone.
+    alone = [
+        make_trainer(
+            prepare_student(
+                StudentOptions(str(tmp_path / "out"), [str(each.path)], str(tmp_path / "more"), Objective("kl"))
+            )
+        ).evaluate()
+        for each in (cache, own)
+    ]
+    found = [report["eval_kl"], *(each["eval_kl"] for each in alone)]
+    assert min(found[1:]) - 1e-3 <= found[0] <= max(found[1:]) + 1e-3
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
@@ -420,12 +484,12 @@ def test_what_the_tail_sketch_needs(
 
     with pytest.raises(CacheError, match="--tail sketch needs a sketch; this cache was made without --sketch-rank"):
         preparing(cache_path)
-    different = make_cache(tmp_path / "different", **{**OPTIONS, "limit": 12})
-    with pytest.raises(CacheError, match=r"has another sketch than .*--sketch-from"):
+    different = make_cache(tmp_path / "different", **{**OPTIONS, "limit": 12, "residual_samples": SAMPLES + 1})
+    with pytest.raises(CacheError, match=r"the other caches have sketches of different rank or with different numbers"):
         preparing(cache.path, different.path)
     without = preparing(cache.path, different.path, tail="auto")
     assert without.options.objective.tail == "prior"
-    assert without.passed_over.startswith("--tail auto takes prior: these caches have different sketches")
+    assert without.passed_over.startswith("--tail auto takes prior: the sketches of these caches differ in rank")
     assert preparing(cache.path, different.path, tail="prior").passed_over is None
     alone = preparing(cache.path, tail="auto")
     assert alone.options.objective.tail == "sketch" and alone.passed_over is None
