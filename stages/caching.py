@@ -402,8 +402,9 @@ def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
 
 
 def try_sketch(prepared: PreparedCache) -> tuple[float, float | None]:
-    """The share of the variance of the logits that a sketch just made explains, and how many tail samples would be as
-    noisy as its residual samples (`Summary`), on the first positions of the corpus. Raises as `calibrate` does.
+    """On the first positions of the corpus, of a sketch just made: the share of the variance of the logits that it
+    explains, and how many tail samples would be as noisy as its residual samples (see `equal_tail_samples`). Raises as
+    `calibrate` does.
     """
     wanted, teacher = prepared.manifest.scoring.sketch, prepared.teacher
     assert wanted is not None and teacher is not None and prepared.sketch is not None
