@@ -656,31 +656,29 @@ def bytes_per_token(bench: Bench, setting: Setting) -> float:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Mean and standard deviation over seeds; gaps are paired, each with the online student of its seed."""
+    """Gaps in nats, paired: each student's held-out KL less that of the online student of its seed, whose KL itself
+    stands in the first row.
+    """
     wanted = conditions(arguments)
     results = [r for r in read_results(arguments.work / "results.jsonl") if wanted.items() <= r.items()]
-    online = {record["seed"]: record["kl"] for record in results if record["setting"] == "online"}
+    of = {(record["setting"], record["seed"]): record for record in results}
+    online = {seed: record["kl"] for (name, seed), record in of.items() if name == "online"}
+    seeds = sorted(online)
     stored = json.loads((arguments.work / "bytes.json").read_text())
-    names = list(dict.fromkeys(record["setting"] for record in results))
-    print("| setting | bytes per token | seeds | KL to teacher | gap to online | gap, of 12 samples | cross-entropy |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    gaps = {}
-    for name in names:
-        mine = [r for r in results if r["setting"] == name and r["seed"] in online]
-        gaps[name] = [record["kl"] - online[record["seed"]] for record in mine]
-    rival = statistics.mean(gaps["rskd:12"]) if gaps.get("rskd:12") else math.nan
-    for name in sorted((n for n in names if gaps[n]), key=lambda name: statistics.mean(gaps[name])):
-        mine = [r for r in results if r["setting"] == name and r["seed"] in online]
-        cells = [f"`{name}`", f"{stored.get(name, math.nan):.1f}", str(len(mine))]
-        for values in ([r["kl"] for r in mine], gaps[name]):
-            cells.append(f"{statistics.mean(values):.4f}{spread(values)}")
-        cells.append(f"{statistics.mean(gaps[name]) / rival:.2f}")
-        cells.append(f"{statistics.mean(r['ce'] for r in mine):.4f}")
-        print(f"| {' | '.join(cells)} |")
-
-
-def spread(values: list[float]) -> str:
-    return f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    gaps = {
+        name: {seed: of[name, seed]["kl"] - online[seed] for seed in seeds if (name, seed) in of}
+        for name in dict.fromkeys(record["setting"] for record in results)
+    }
+    heads = [f"seed {seed}" for seed in seeds]
+    print(f"| setting | bytes per token | {' | '.join(heads)} | mean gap | cross-entropy |")
+    print(f"| --- | {' | '.join(['---:'] * (len(seeds) + 3))} |")
+    for name in sorted((n for n in gaps if gaps[n]), key=lambda name: statistics.mean(gaps[name].values())):
+        shown, mean = gaps[name], f"**{statistics.mean(gaps[name].values()):.4f}**"
+        if name == "online":
+            shown, mean = online, ""
+        cells = [f"{shown[seed]:.4f}" if seed in shown else "" for seed in seeds]
+        ce = statistics.mean(of[name, seed]["ce"] for seed in shown)
+        print(f"| `{name}` | {stored.get(name, math.nan):.1f} | {' | '.join(cells)} | {mean} | {ce:.4f} |")
 
 
 if __name__ == "__main__":
