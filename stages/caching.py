@@ -8,7 +8,6 @@ more.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -25,21 +24,16 @@ from stages.corpus import Sequence as TokenSequence
 from stages.engines import Choice, EngineOptions, choose, engine_of, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
-from stages.sketch_calibration import (
-    DEFAULT_POSITIONS,
-    calibration_id,
-    calibration_sequences,
-    from_file,
-    to_file,
-)
+from stages.sketch_calibration import calibration_id, calibration_sequences, from_file, to_file
+from stages.sketch_identity import DEFAULT_RESIDUAL_SAMPLES, claimed, sketch_there, wanted_sketch
 from stages.statistics import StatisticsOptions
 from stages.summary import Summary, equal_tail_samples, squared_masses, summarize
 from stages.teacher import Scored, ScoredSequence, Teacher
 from storage import schema
-from storage.cache import MANIFEST, SKETCH, Cache
+from storage.cache import SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity
-from storage.places import Place, place
+from storage.places import place
 from storage.plan import plan_shards
 from storage.rows import Ragged, Rows
 from storage.sketch_file import SketchFile
@@ -50,12 +44,10 @@ if TYPE_CHECKING:
 # At most 64 bytes a token, and nearest to the live teacher for them: docs/fidelity.md.
 DEFAULT_TOP_N = 4
 DEFAULT_TAIL_SAMPLES = 28
-# Positions on which a new sketch is tried.
-_TRIED = 2048
 # For students that no samples help: where there are none, and at other temperatures.
 DEFAULT_TOP_N_ALONE = 64
-# With a sketch, whose error they are drawn from.
-DEFAULT_RESIDUAL_SAMPLES = 8
+# Positions on which a new sketch is tried.
+_TRIED = 2048
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_SHARD_TOKENS = 1 << 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -191,7 +183,14 @@ def read_teacher(options: CacheOptions) -> TeacherFiles:
     config = load_config(options.engine.teacher, **source)
     vocabulary = int(config.get_text_config().vocab_size)
     identity = teacher_identity(options.engine.teacher, config)
-    sketch, sketch_bytes = _wanted_sketch(options, config, identity)
+    sketch, sketch_bytes = wanted_sketch(
+        config,
+        identity,
+        rank=options.sketch_rank,
+        residual_samples=options.residual_samples,
+        positions=options.sketch_positions,
+        another=options.sketch_from,
+    )
     options = replace(options, sketch_rank=sketch.rank if sketch else None)
     statistics = options.statistics()
     if statistics.top_n > vocabulary:
@@ -272,109 +271,12 @@ def prepare(options: CacheOptions) -> PreparedCache:
     )
     sketch_bytes = files.sketch_bytes
     if sketch_bytes is None:
-        manifest, sketch_bytes = _sketch_there(options.output, manifest)
+        manifest, sketch_bytes = sketch_there(options.output, manifest)
     cache = Cache.resume(options.output, manifest)
     if cache is not None:
         _refuse_other_card(options, cache)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
     return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending, sketch_bytes)
-
-
-def _wanted_sketch(
-    options: CacheOptions, config: PretrainedConfig, teacher: TeacherIdentity
-) -> tuple[SketchIdentity | None, bytes | None]:
-    """What the options say of a sketch, and its bytes where another cache has it; else its checksum is not known yet.
-
-    Raises UserError, and CacheError for another cache that has no sketch of this teacher.
-    """
-    rank = options.sketch_rank
-    if options.sketch_from is not None:
-        return _sketch_of_another(options, teacher)
-    if rank is None:
-        for name, value in [
-            ("--residual-samples", options.residual_samples),
-            ("--sketch-positions", options.sketch_positions),
-        ]:
-            if value is not None:
-                raise UserError(f"{name} {value}: means nothing without a sketch; add --sketch-rank")
-        return None, None
-    width = int(config.get_text_config().hidden_size)
-    if rank > width:
-        raise UserError(f"--sketch-rank {rank}: the teacher's hidden states have only {width} dimensions")
-    positions = DEFAULT_POSITIONS if options.sketch_positions is None else options.sketch_positions
-    if positions < rank:
-        raise UserError(f"--sketch-positions {positions}: too few for --sketch-rank {rank}; give many times the rank")
-    return SketchIdentity(rank=rank, residual_samples=_residuals(options, rank), positions=positions), None
-
-
-def _residuals(options: CacheOptions, rank: int) -> int:
-    residuals = replace(options, sketch_rank=rank).statistics().residual_samples
-    if residuals == 1:
-        raise UserError("--residual-samples 1: cannot stand for both signs; give 0, 2 or more")
-    return residuals
-
-
-def _sketch_of_another(options: CacheOptions, teacher: TeacherIdentity) -> tuple[SketchIdentity, bytes]:
-    """The sketch of the cache `sketch_from`. Raises UserError and CacheError as `_wanted_sketch` does."""
-    assert options.sketch_from is not None
-    other = Cache.open(options.sketch_from)
-    data = other.sketch_bytes()
-    theirs = other.manifest.scoring.sketch
-    assert theirs is not None
-    if (teacher.config_sha256, teacher.weights, teacher.revision) != (
-        other.manifest.teacher.config_sha256,
-        other.manifest.teacher.weights,
-        other.manifest.teacher.revision,
-    ):
-        raise CacheError(f"--sketch-from {options.sketch_from}: its sketch is of another teacher")
-    if options.sketch_positions is not None or options.sketch_rank not in (None, theirs.rank):
-        raise UserError(
-            f"--sketch-from {options.sketch_from}: its sketch has rank {theirs.rank} and is calibrated already; leave "
-            "out --sketch-rank and --sketch-positions"
-        )
-    return theirs.model_copy(update={"residual_samples": _residuals(options, theirs.rank)}), data
-
-
-def _sketch_there(output: str, manifest: Manifest) -> tuple[Manifest, bytes | None]:
-    """The manifest naming the sketch that lies at `output`, and its bytes where they are whole.
-
-    Raises CacheError for a sketch without a cache that another command left.
-    """
-    path = place(output)
-    if manifest.scoring.sketch is None:
-        return manifest, None
-    if (path / MANIFEST).exists():
-        there = Cache.open(path)
-        if (identity := there.manifest.scoring.sketch) is None:
-            return manifest, None
-        try:
-            data = there.sketch_bytes()
-        except CacheError:
-            data = None
-        return _naming(manifest, identity.sha256), data
-    data = Cache.claimed_sketch(path)
-    return (manifest, None) if data is None else (_claimed(path, manifest, data), data)
-
-
-def _claimed(path: Place, manifest: Manifest, data: bytes) -> Manifest:
-    """The manifest naming a sketch that no manifest names yet. Raises CacheError where it is of something else."""
-    sketch = manifest.scoring.sketch
-    assert sketch is not None
-    file = SketchFile.from_bytes(data, path / SKETCH, rank=sketch.rank, vocabulary_size=manifest.vocabulary_size)
-    if file.about.get("calibration") != calibration_id(manifest):
-        raise CacheError(
-            f"{path / SKETCH}: another command left this sketch, of another teacher, corpus, engine or rank; "
-            "name a new --output or remove the file"
-        )
-    return _naming(manifest, hashlib.sha256(data).hexdigest())
-
-
-def _naming(manifest: Manifest, sha256: str | None) -> Manifest:
-    """The manifest of the same cache with this sketch."""
-    scoring = manifest.scoring
-    assert scoring.sketch is not None
-    named = scoring.model_copy(update={"sketch": scoring.sketch.model_copy(update={"sha256": sha256})})
-    return manifest.model_copy(update={"scoring": named})
 
 
 def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
@@ -395,7 +297,7 @@ def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
         prepared.sketch = to_file(teacher.calibrate(sequences, wanted.rank, progress), about).to_bytes()
         if wanted.sha256 is None:
             prepared.sketch = Cache.claim_sketch(prepared.options.output, prepared.sketch)
-            prepared.manifest = _claimed(place(prepared.options.output), prepared.manifest, prepared.sketch)
+            prepared.manifest = claimed(place(prepared.options.output), prepared.manifest, prepared.sketch)
     except BaseException:
         teacher.close()
         raise

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.damage import contents
-from stages import caching
+from stages import caching, sketch_identity
 from stages.caching import CacheOptions, prepare, run
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.engines import EngineOptions
@@ -213,7 +213,8 @@ def test_a_sketch_that_was_lost_is_made_again_and_another_is_refused(
     assert contents(path) == contents(Path(cache.path))
     # On a machine whose numbers differ, the shards that are there could not be told from those that are to come.
     (path / "sketch.safetensors").write_bytes(b"damaged")
-    monkeypatch.setattr(caching, "calibration_id", lambda manifest: "of another machine")
+    for module in (caching, sketch_identity):
+        monkeypatch.setattr(module, "calibration_id", lambda manifest: "of another machine")
     before = contents(path)
     with pytest.raises(CacheError, match=r"sketch.safetensors: missing or damaged, and .* name a new --output"):
         run(prepare(options_of(tiny, path)), lambda tokens: None)
