@@ -74,10 +74,11 @@ def read(folder: Path, *, checksums: bool = True) -> str:
 
     checksums: as `pipeline train-student` compares them before it begins.
     """
+    from stages.cached_tail import make_tail, sketch_columns
     from stages.compatibility import cache_tokenizer
     from stages.objective import Objective
     from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
-    from stages.student import make_tail, open_caches, sketch_columns
+    from stages.student import open_caches
 
     when = "start" if checksums else "off"
     [cache] = open_caches([str(folder)], when)

@@ -30,11 +30,12 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stages.cached_tail import make_tail
 from stages.identity import tokenizer_identity
 from stages.objective import Objective
 from stages.pretrained import load_tokenizer
 from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
-from stages.student import make_tail, open_caches
+from stages.student import open_caches
 from stages.summary import summarize
 from storage.bundle import bundle, unbundle
 from storage.cache import Cache

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stages.cached_tail import make_tail
 from stages.objective import Objective
 from stages.shard_dataset import as_tensors, corpus_threshold
-from stages.student import StudentOptions, make_tail, make_trainer, prepare, train
+from stages.student import StudentOptions, make_trainer, prepare, train
 from stages.together import check_together
 from storage.cache import Cache
 from storage.errors import CacheError

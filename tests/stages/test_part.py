@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stages.cached_tail import make_tail
 from stages.objective import Objective
 from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, sequences_here, split_held_out
-from stages.student import StudentOptions, make_tail, prepare, run_identity
+from stages.student import StudentOptions, prepare, run_identity
 from storage.cache import Cache
 from storage.errors import CacheError
 from storage.transfer import copy_cache

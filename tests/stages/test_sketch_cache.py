@@ -17,21 +17,14 @@ import torch
 
 from benchmarks.damage import contents
 from stages import caching, sketch_identity
+from stages.cached_tail import common_sketch, extra_columns, make_tail, sketch_numbers
 from stages.caching import CacheOptions, prepare, run
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective
 from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.sketch_calibration import from_file
-from stages.student import (
-    StudentOptions,
-    common_sketch,
-    extra_columns,
-    make_tail,
-    make_trainer,
-    sketch_numbers,
-    train,
-)
+from stages.student import StudentOptions, make_trainer, train
 from stages.student import prepare as prepare_student
 from stages.summary import summarize
 from storage.cache import Cache
