@@ -49,6 +49,7 @@ from stages.head_loss import head_loss
 from stages.objective import Objective, coefficients, compare, weighted_sum
 from stages.sketch import HiddenMoments, Sketch, calibrate
 from stages.statistics import RowStatistics, StatisticsOptions, residual_uniforms, row_statistics, sample_uniforms
+from stages.summary import equal_tail_samples, squared_masses
 from stages.tail import Tail, log_prior
 
 # One device sums in another order than the next; the comparison within one machine is what counts.
@@ -109,7 +110,9 @@ class Setting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["teacher", "snapshot", "sketches", "spectrum", "train", "show"])
+    own = (snapshot, sketches, spectrum, train, show)
+    steps = {"teacher": make_teacher, **{step.__name__: step for step in own}}
+    parser.add_argument("step", choices=list(steps))
     parser.add_argument(
         "--work", type=Path, default=Path("fidelity"), help="where everything is kept; default: fidelity/"
     )
@@ -133,8 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    steps = {"teacher": make_teacher, "snapshot": snapshot, "sketches": sketches, "spectrum": spectrum}
-    {**steps, "train": train, "show": show}[arguments.step](arguments)
+    steps[arguments.step](arguments)
 
 
 # Teacher, text and students -------------------------------------------------------------------------------------------
@@ -493,7 +495,7 @@ def expectation_kl(bench: Bench, setting: Setting, ids: torch.Tensor, student: B
 def sketches(arguments: argparse.Namespace) -> None:
     """Of held-out text: the share of the logits' variance that a sketch explains, the KL from the teacher to what it
     gives back, the mean mass R of what is left, which is 1 without a sketch, and how many samples of the tail would be
-    as noisy as RESIDUALS of what is left (see `Summary`).
+    as noisy as RESIDUALS of what is left (`equal_tail_samples`).
     """
     bench = Bench(arguments)
     print(f"| setting | explained | KL | R | tail samples as noisy as {RESIDUALS} residual ones | bytes with these |")
@@ -515,10 +517,10 @@ def of_sketch(sketch: Sketch, rows: list[Any]) -> tuple[float, float, float]:
     """Explained share, mean residual mass, and the tail samples that RESIDUALS residual ones equal; of rows with
     `tail_logmass` and `residual_mass`. A tail weighs as much as its mass, and so does its noise.
     """
-    tail = torch.cat([each.tail_logmass for each in rows]).double().exp()
-    left = torch.cat([each.residual_mass for each in rows]).double() * tail
-    equal = RESIDUALS * tail.square().sum() / left.square().sum()
-    return sketch.explained[sketch.rank - 1].item(), (left.sum() / tail.sum()).item(), equal.item()
+    tail, left = (torch.cat([getattr(each, name) for each in rows]).cpu() for name in ("tail_logmass", "residual_mass"))
+    equal = equal_tail_samples(RESIDUALS, squared_masses(tail.numpy(), left.numpy()))
+    mean = (tail.exp() * left).sum() / tail.exp().sum()
+    return sketch.explained[sketch.rank - 1].item(), mean.item(), math.inf if equal is None else equal
 
 
 @torch.no_grad()

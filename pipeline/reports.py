@@ -48,8 +48,8 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
     if scoring.sketch is not None:
         rows += [
             ("sketch", f"rank {scoring.sketch.rank}, {scoring.sketch.residual_samples} residual samples per position"),
-            ("KL of the sketch", _number(numbers.mean_sketch_kl, " nats")),
-            ("mean residual mass", _number(numbers.mean_residual_mass, " of 2")),
+            ("KL of the sketch", number(numbers.mean_sketch_kl, " nats")),
+            ("mean residual mass", number(numbers.mean_residual_mass, " of 2")),
             *noise_rows(numbers.equal_tail_samples),
         ]
     return rows
@@ -62,5 +62,5 @@ def noise_rows(equal_tail_samples: float | None) -> list[tuple[str, object]]:
     return [("noise of residual samples", f"that of {equal_tail_samples:,.0f} tail samples")]
 
 
-def _number(value: float | None, unit: str) -> str:
+def number(value: float | None, unit: str) -> str:
     return "not stored" if value is None else f"{value:.4g}{unit}"

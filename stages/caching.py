@@ -25,7 +25,7 @@ from stages.engines import Choice, EngineOptions, choose, engine_of, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
 from stages.sketch_calibration import calibration_id, calibration_sequences, from_file, to_file
-from stages.sketch_identity import DEFAULT_RESIDUAL_SAMPLES, claimed, sketch_there, wanted_sketch
+from stages.sketch_identity import claimed, residual_samples_of, sketch_there, wanted_sketch
 from stages.statistics import StatisticsOptions
 from stages.summary import Summary, equal_tail_samples, squared_masses, summarize
 from stages.teacher import Scored, ScoredSequence, Teacher
@@ -62,7 +62,7 @@ class CacheOptions:
     DEFAULT_TOP_N with samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the
     teacher. tail_epsilon, min_n: as in StatisticsOptions; top_n is then the most that a position keeps.
     sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
-    miss; None: DEFAULT_RESIDUAL_SAMPLES. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
+    miss; None: see `residual_samples_of`. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
     whose sketch, and its rank, is taken instead.
     license, citation: for the dataset card; they change no number and are no part of the identity.
     """
@@ -111,9 +111,7 @@ class CacheOptions:
 
     @property
     def _residual_samples(self) -> int:
-        if self.sketch_rank is None:
-            return 0
-        return DEFAULT_RESIDUAL_SAMPLES if self.residual_samples is None else self.residual_samples
+        return 0 if self.sketch_rank is None else residual_samples_of(self.residual_samples)
 
     @property
     def _samples(self) -> int:

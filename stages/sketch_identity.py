@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 DEFAULT_RESIDUAL_SAMPLES = 8
 
 
+def residual_samples_of(given: int | None) -> int:
+    """How many a sketch has where the option says this."""
+    return DEFAULT_RESIDUAL_SAMPLES if given is None else given
+
+
 def wanted_sketch(
     config: PretrainedConfig,
     teacher: TeacherIdentity,
@@ -40,7 +45,7 @@ def wanted_sketch(
         return None, None
     if residual_samples == 1:
         raise UserError("--residual-samples 1: cannot stand for both signs; give 0, 2 or more")
-    residuals = DEFAULT_RESIDUAL_SAMPLES if residual_samples is None else residual_samples
+    residuals = residual_samples_of(residual_samples)
     if another is not None:
         identity, data = _sketch_of(another, teacher)
         if positions is not None or rank not in (None, identity.rank):

@@ -96,7 +96,7 @@ _TURNS = ("all", "last", "each")
     metavar="DIR_OR_URL",
     type=click.Path(),
     show_default="none",
-    help="Take the sketch of another cache of this teacher, so that students can be trained from both with it.",
+    help="Take the sketch of another cache of this teacher, so that the two can be merged with it.",
 )
 @click.option(
     "--engine",

@@ -10,7 +10,7 @@ import click
 from pipeline.commands import cache_teacher
 from pipeline.numbers import format_bytes, format_duration
 from pipeline.progress import summary, table
-from pipeline.reports import noise_rows
+from pipeline.reports import noise_rows, number
 from pipeline.shared_options import options_of
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _sketch_rows(found: Plan) -> list[tuple[str, object]]:
     measured = found.probe.sketch
     rows += [
         ("variance of the logits explained", f"{measured.explained:.4f}"),
-        ("KL of the sketch", "unknown" if measured.mean_kl is None else f"{measured.mean_kl:.4g} nats"),
+        ("KL of the sketch", number(measured.mean_kl, " nats")),
         *noise_rows(measured.equal_tail_samples),
     ]
     if found.bytes_of_equal_noise is not None:
