@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-    from stages.chat import Span
+    from stages.encode import Span
 
 _KEPT, _EMPTY, _TOO_SHORT, _WITHOUT_LOSS = range(4)
 _SMALL_BYTES = 8 << 20  # below this much data, starting processes takes longer than tokenising
@@ -269,7 +269,7 @@ class _Encoder:
         return [self._whole(next(encoded)) if text.strip() else None for text in texts]
 
     def _completions(self, indices: list[int], prompts: list[Any], completions: list[Any]) -> list[Encoded | None]:
-        from stages.chat import encode_spans
+        from stages.encode import encode_spans
 
         texts: list[str] = []
         spans: list[list[Span]] = []
@@ -341,7 +341,7 @@ class _Encoder:
 
     def _text(self, value: Any, row: int, column: int) -> str:
         """The text in a cell, "" for null. Raises UserError for anything else."""
-        from stages.chat import check_text
+        from stages.encode import check_text
 
         if value is None:
             return ""

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from stages.chat import encode_spans, render_chat, render_turns
+from stages.chat import render_chat, render_turns
+from stages.encode import encode_spans
 from storage.errors import UserError
 
 WORDS = ["hello there how are you today", "fine thanks and you", "system be brief user assistant  \n\n"]
