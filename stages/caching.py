@@ -215,7 +215,7 @@ def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
             split=options.split,
             limit=options.limit,
             processes=options.processes,
-            **options.columns,
+            **options.columns,  # type: ignore[arg-type]
         ),
     )
 

@@ -1,226 +1,428 @@
-"""From a chat to token ids and the tokens that are the assistant's.
+"""From a chat to token ids and the tokens that have a loss: those that the assistant generated.
 
-A chat's marked spans are the assistant's turns. A template either marks them itself with `{% generation %}`,
-or they are found by rendering prefixes of the chat, which is right only where every prefix renders to a
-prefix of the whole; where it does not, the chat is refused rather than guessed at. Templates that render a turn
-otherwise once messages follow it (they strip earlier thinking) are served turn by turn: see `render_turns`.
+An assistant turn is trained from the end of its generation prompt to the first token that stops the teacher, that token
+included. A template either marks the turns itself with `{% generation %}`, or they are found by rendering prefixes of
+the chat. A turn that a template renders otherwise once messages follow it (templates strip earlier thinking) can only
+be trained as the last one: `turns` "each" and "last" cut the chat there.
+
+Where even the last turn does not continue its generation prompt (the prompt opens a thought that finished turns do not
+show; a system prompt stands in the prompt alone), the sequence is the prompt followed by the finished turn. A message
+that is not in its rendered turn is refused by row: nothing that a chat says is dropped in silence.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-from stages.encode import Span, check_text, encode_spans
+from stages.chat_template import ChatTemplate, Habits, Span, Tools, common_length
+from stages.encode import check_text, encode_spans
+from stages.messages import REASONING_FIELDS, Chat, Message, content_text, tool_names
 from storage.errors import UserError
 
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_CLOSE = "</think>"
+_THINK_TAGS = re.compile(r"</?think>")
+# No content begins with both.
+_MARKERS = ("\u2603", "\u2604")
 
 
-def render_chat(
-    tokenizer: Any, messages: Any, where: str = "the chat", *, tools: Any = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 [L] of a chat, and bool [L]: which tokens are the assistant's, end of turn included.
+class _Undecided(Exception):
+    """The template does not show which tokens are the assistant's; the text is the reason."""
 
-    `messages` is a list of {"role", "content"}; `where` names the row in errors. `tools`: JSON schemas of functions, a
-    list or its JSON text, which the template gets as `apply_chat_template(tools=)` gives them. No special tokens are
-    added to those the template writes. Without an assistant turn nothing is marked.
-    Raises UserError (malformed messages or tools; no template, or one that cannot tell which tokens are whose).
+
+@dataclass(frozen=True)
+class Rendered:
+    """One sequence as text, and its trained stretches as characters.
+
+    without_end: trained turns that end in no token that stops the teacher. open_thoughts: trained turns that answer
+    inside the thought that their generation prompt opens.
     """
-    chat, tools = _checked(messages, where), check_tools(tools, where)
-    template = _template(tokenizer, where, tools)
-    if _GENERATION.search(template):
-        text, spans = _generation_spans(tokenizer, chat, tools, template, where)
-    else:
-        text, spans = _prefix_spans(tokenizer, chat, tools, where)
-    check_text(text, where)
-    return encode_spans(tokenizer, [text], [spans], add_special_tokens=False)[0]
+
+    text: str
+    spans: list[Span]
+    without_end: int = 0
+    open_thoughts: int = 0
 
 
-def render_turns(
-    tokenizer: Any, messages: Any, where: str = "the chat", *, tools: Any = None, last: bool = False
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """As `render_chat` for each assistant turn, or the last alone: the chat up to it, with only that turn marked.
+class ChatRenderer:
+    """Renders chats of one tokenizer. It may be sent to worker processes.
 
-    So every turn stands as it was when the assistant wrote it, whatever the template makes of it later. A chat without
-    one gives one sequence with nothing marked.
+    turns: "all" trains on every assistant turn in one sequence, "each" on every turn in a sequence of its own, "last"
+    on the last one. end_ids: token ids that stop the teacher, besides the tokenizer's end of sequence and the
+    template's own end of turn. arguments, moment: see `ChatTemplate`.
     """
-    chat, tools = _checked(messages, where), check_tools(tools, where)
-    turns = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
-    if not turns:
-        return [render_chat(tokenizer, chat, where, tools=tools)]
-    template = _template(tokenizer, where, tools)
-    texts, spans = [], []
-    for turn in turns[-1:] if last else turns:
-        so_far = chat[: turn + 1]
-        if _GENERATION.search(template):
-            text, marked = _generation_spans(tokenizer, so_far, tools, template, where)
-            earlier = _generation_spans(tokenizer, chat[:turn], tools, template, where)[1] if turn else []
-            marked = marked[len(earlier) :]
-        else:
-            text, marked = _prefix_spans(tokenizer, so_far, tools, where, first=turn)
-        check_text(text, where)
-        texts.append(text)
-        spans.append(marked)
-    return encode_spans(tokenizer, texts, spans, add_special_tokens=False)
 
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        turns: str = "all",
+        end_ids: Sequence[int] = (),
+        arguments: Mapping[str, Any] | None = None,
+        moment: datetime | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._turns = turns
+        self._template = ChatTemplate(tokenizer, arguments, moment)
+        ends = {*end_ids, tokenizer.eos_token_id} - {None}
+        self._stops = frozenset(str(tokenizer.convert_ids_to_tokens(int(end))) for end in ends)
+        self._vanished: dict[Any, frozenset[int]] = {}
 
-# ---- where the assistant's turns are ----------------------------------------------------------------------
+    def render(self, chat: Chat, where: str = "the chat", tools: Tools = None) -> list[Rendered]:
+        """Return the sequences of a chat. `where` names the row in errors. Raises UserError.
 
-
-def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages without keys that are None. Raises UserError naming the row and the message."""
-    if not isinstance(messages, (list, tuple)):
-        raise UserError(f"The messages in {where} are {_kind(messages)}, not a list; give a list of role and content.")
-    chat = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
+        Without a turn that has a loss there is one sequence with no span.
+        """
+        if not chat.messages:
+            return [Rendered("", [])]
+        self._template.source(tools, where)
+        messages = self._template.adapt(chat.messages, tools, where)
+        wanted = chat.turns
+        if not wanted:
+            return [self._whole(messages, tools, where)]
+        try:
+            if self._turns == "all":
+                return [self._sequence(messages, tools, where, wanted)]
+            return self._turn_by_turn(messages, tools, where, wanted[-1:] if self._turns == "last" else wanted)
+        except _Undecided as error:
             raise UserError(
-                f"Message {number} in {where} is {_kind(message)}, not an object; give it a role and a content."
-            )
-        message = {key: value for key, value in message.items() if value is not None}
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            raise UserError(f"Message {number} in {where} has no role; name one such as user or assistant.")
-        if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
-            problem = "no content" if content is None else f"a content that is {_kind(content)}"
-            raise UserError(f"Message {number} in {where} has {problem}; give it text.")
-        chat.append(message)
-    return chat
+                f"The chat template cannot tell which tokens are the assistant's in {where} ({error}); "
+                f"{self._advice(messages, tools, where, wanted)}."
+            ) from error
 
+    def encode(self, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return for each sequence its token ids int32 [L], and bool [L]: True for the assistant's tokens.
 
-def check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
-    """Tools as a template takes them, None for none. Raises UserError naming the row."""
-    if isinstance(tools, str):
+        No special tokens are added to those that the template writes.
+        """
+        texts, spans = [each.text for each in rendered], [each.spans for each in rendered]
+        return encode_spans(self._tokenizer, texts, spans, add_special_tokens=False) if texts else []
+
+    # ---- sequences ----------------------------------------------------------------------------------------
+
+    def _turn_by_turn(self, messages: list[Message], tools: Tools, where: str, wanted: Sequence[int]) -> list[Rendered]:
+        return [self._sequence(messages[: turn + 1], tools, where, [turn]) for turn in wanted]
+
+    def _advice(self, messages: list[Message], tools: Tools, where: str, wanted: list[int]) -> str:
+        """Return the remedy that works for this chat."""
+        otherwise = "add {% generation %} marks to the template, or supply prompt and completion columns"
+        if self._turns != "all":
+            return otherwise
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise UserError(f"The tools in {where} are text that is not JSON; give a list of JSON schemas.") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"The tools in {where} are not a list of objects; give a list of JSON schemas.")
-    return _without_nulls(tools)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Columnar files give every object the keys of all others, with null where it had none."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", dict: "an object", list: "a list", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
-
-
-def _template(tokenizer: Any, where: str, tools: list[dict[str, Any]] | None) -> str:
-    try:
-        # Some tokenizers have a template of its own for chats with tools.
-        return tokenizer.get_chat_template(tools=tools)
-    except ValueError as error:
-        raise UserError(
-            f"The tokenizer has no chat template, so the chat in {where} cannot be rendered; use the "
-            "tokenizer of a chat model, or supply prompt and completion columns."
-        ) from error
-
-
-def _undecided(where: str, why: str) -> UserError:
-    return UserError(
-        f"The chat template cannot tell which tokens are the assistant's in {where} ({why}); "
-        "train on the last turn alone or on each turn in a sequence of its own (--turns last, --turns each), "
-        "add {% generation %} marks to the template, or supply prompt and completion columns."
-    )
-
-
-def _generation_spans(
-    tokenizer: Any, chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: str, where: str
-) -> tuple[str, list[Span]]:
-    """The rendered chat and the spans its template marks.
-
-    The spans are taken as characters: `apply_chat_template(return_assistant_tokens_mask=True)` would turn
-    them into tokens through `char_to_token`, which knows no trimmed space, and so marks the rest of the chat
-    after a turn that ends in one.
-    """
-    from transformers.utils import chat_template_utils
-
-    render: Any = chat_template_utils.render_jinja_template  # its annotation says str, it returns two lists
-    try:
-        rendered, marked = render(
-            conversations=[chat],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+            self._turn_by_turn(messages, tools, where, wanted)
+        except (_Undecided, UserError):
+            return otherwise
+        return (
+            "train on the last turn alone or on each turn in a sequence of its own (--turns last, --turns each), "
+            + otherwise
         )
-    except Exception as error:  # a template may raise anything
-        raise _refused(where, error) from error
-    return rendered[0], [(start, end) for start, end in marked[0] if end > start]
 
+    def _whole(self, messages: list[Message], tools: Tools, where: str) -> Rendered:
+        text = self._rendered(messages, tools, where)
+        check_text(text, where)
+        self._check_context(messages, [], text, tools, where)
+        return Rendered(text, [])
 
-def _prefix_spans(
-    tokenizer: Any, chat: list[dict[str, Any]], tools: list[dict[str, Any]] | None, where: str, first: int = 0
-) -> tuple[str, list[Span]]:
-    """The rendered chat and its assistant turns from message `first` on, each from after its generation prompt to its
-    end of turn.
-    """
-    if not chat:
-        return "", []
+    def _sequence(self, messages: list[Message], tools: Tools, where: str, wanted: list[int]) -> Rendered:
+        """Return one sequence in which the messages `wanted` have a loss."""
+        if self._template.marks_generation(tools):
+            return self._marked_sequence(messages, tools, where, wanted)
+        habits = self._template.habits(tools)
+        whole = text = self._rendered(messages, tools, where)
+        last = len(messages) - 1
+        last_begin = 0
+        if wanted[-1] == last:
+            text, last_begin = self._last_turn(messages, tools, whole, habits)
+        spans: list[Span] = []
+        without_end = open_thoughts = 0
+        for turn in wanted:
+            if turn != last:
+                begin, end = self._earlier_turn(messages, turn, tools, text, habits)
+            else:
+                begin, end = last_begin, self._stop(text, last_begin, len(text), habits)
+                if end is None:
+                    closing = self._closing(messages, tools, whole)
+                    text += closing
+                    end = len(text) if closing else None
+            if end is None:
+                end = self._plain_end(text, len(text) if turn == last else self._after(messages, turn, tools))
+                without_end += not text[begin:end].endswith(tuple(self._template.special_tokens))
+            spoken = text[begin:end]
+            self._check_said(messages[turn], spoken, f"message {turn + 1} in {where}")
+            open_thoughts += habits.opens_thinking and _CLOSE not in spoken
+            if end > begin:
+                spans.append((begin, end))
+        check_text(text, where)
+        # Text that the prompt alone has replaces that of the whole chat, so the prompt has to hold the messages.
+        self._check_context(messages, wanted, text, tools, where, by_prompt=not text.startswith(whole))
+        return Rendered(text, spans, without_end, open_thoughts)
 
-    def render(chat: list[dict[str, Any]], prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=prompt)
-
-    try:
-        whole = render(chat)
-    except Exception as error:  # a template may raise anything
-        raise _refused(where, error) from error
-    spans = []
-    for turn, message in enumerate(chat):
-        if turn < first or message["role"] != "assistant":
-            continue
+    def _rendered(self, messages: list[Message], tools: Tools, where: str) -> str:
         try:
-            before = _before_turn(render, chat, turn, whole)
-            after = whole if turn + 1 == len(chat) else render(chat[: turn + 1])
-            headless = render(chat[:turn]) if turn else None
+            return self._template.render(messages, tools)
         except Exception as error:  # a template may raise anything
-            raise _undecided(where, f"it refuses the messages before message {turn + 1}") from error
-        if before is None or not (whole.startswith(after) and after.startswith(before)):
-            raise _undecided(where, f"message {turn + 1} is rendered differently once messages follow it")
-        span = (len(before), _end_of_turn(tokenizer, whole, len(after)))
-        # Without a generation prompt all is well only if the turn starts with its content, not a header.
-        content = message.get("content")
-        spoken = whole[span[0] : span[1]].lstrip()
-        if before == headless and isinstance(content, str) and not spoken.startswith(content.strip()):
-            raise _undecided(where, "it has no generation prompt")
-        if span[1] > span[0]:
-            spans.append(span)
-    return whole, spans
+            raise _refused(where, error) from error
+
+    # ---- turns by prefixes --------------------------------------------------------------------------------
+
+    def _before(self, messages: list[Message], turn: int, tools: Tools, whole: str, habits: Habits) -> str:
+        """Return the text before an assistant turn, generation prompt included. Raises _Undecided."""
+        if turn == 0:
+            # `transformers` renders no empty chat, so for a chat that the assistant opens the header is looked for.
+            if not habits.header or habits.header not in whole:
+                raise _Undecided("the assistant opens the chat")
+            return whole[: whole.index(habits.header) + len(habits.header)] + habits.opening
+        try:
+            before = self._template.render(messages[:turn], tools, prompt=True)
+            bare = self._template.render(messages[:turn], tools)
+        except Exception as error:  # a template may raise anything
+            raise _Undecided(f"it refuses the messages before message {turn + 1}") from error
+        # Without a generation prompt all is well only if the turn starts with its content, not with a header.
+        content = content_text(messages[turn].get("content"))
+        spoken = whole[len(before) :].lstrip()
+        if before == bare and (habits.lead.strip() or (content and not spoken.startswith(content.strip()))):
+            raise _Undecided("it has no generation prompt")
+        return before
+
+    def _after(self, messages: list[Message], turn: int, tools: Tools) -> int:
+        return len(self._template.render(messages[: turn + 1], tools))
+
+    def _earlier_turn(
+        self, messages: list[Message], turn: int, tools: Tools, text: str, habits: Habits
+    ) -> tuple[int, int | None]:
+        """Return where a turn that messages follow begins, and where its loss ends; None without a stop token."""
+        before = self._before(messages, turn, tools, text, habits)
+        try:
+            after = self._template.render(messages[: turn + 1], tools)
+        except Exception as error:  # a template may raise anything
+            raise _Undecided(f"it refuses the messages up to message {turn + 1}") from error
+        if text.startswith(before):
+            end = self._stop(text, len(before), common_length(after, text), habits)
+            if end is not None or text.startswith(after):
+                return len(before), end
+        raise _Undecided(f"message {turn + 1} is rendered differently once messages follow it")
+
+    def _last_turn(self, messages: list[Message], tools: Tools, whole: str, habits: Habits) -> tuple[str, int]:
+        """Return the chat as text, and where its last turn begins."""
+        last = len(messages) - 1
+        before = self._before(messages, last, tools, whole, habits)
+        if whole.startswith(before):
+            rest = whole[len(before) :]
+        else:
+            rest = whole[self._turn_start(messages, tools, whole, before, habits) :]
+        return before + _with_thought(content_text(messages[last].get("content")), rest, habits), len(before)
+
+    def _turn_start(self, messages: list[Message], tools: Tools, whole: str, before: str, habits: Habits) -> int:
+        """Return where the last turn begins in `whole`, which does not begin with its generation prompt `before`.
+
+        The same chat with another answer parts from `whole` at the answer. The text up to there must end as the
+        generation prompt does, but for what the prompt opens.
+        """
+        last = len(messages) - 1
+        base = before.removesuffix(habits.opening)
+        marker = next(m for m in _MARKERS if not content_text(messages[last].get("content")).startswith(m))
+        answer = {"role": "assistant", "content": habits.content(marker)}
+        try:
+            other = self._template.render([*messages[:last], answer], tools)
+        except Exception as error:  # a template may raise anything
+            raise _Undecided(f"it refuses another message {last + 1}") from error
+        parting = common_length(whole, other)
+        starts = {parting, max(0, parting - len(habits.lead))}
+        shared, start = max((common_length(whole[:at][::-1], base[::-1]), at) for at in starts)
+        if shared < max(len(habits.header), min(4, len(base))):
+            raise _Undecided(f"message {last + 1} does not continue its generation prompt")
+        return start
+
+    def _stop(self, text: str, begin: int, limit: int, habits: Habits) -> int | None:
+        """Return the end of the first token that stops the teacher and begins in `begin..limit`; None without one."""
+        stops = self._stops | ({habits.end} if habits.end else set())
+        places = [(at, -len(stop)) for stop in stops if 0 <= (at := text.find(stop, begin)) <= limit]
+        if not places:
+            return None
+        at, negative_length = min(places)
+        return at - negative_length
+
+    def _closing(self, messages: list[Message], tools: Tools, whole: str) -> str:
+        """Return the token that stops the teacher after the last turn and that only a next message would write."""
+        content = self._template.habits(tools).content("x")
+        roles = ("tool", "user") if messages[-1].get("tool_calls") else ("user",)
+        for role in roles:
+            try:
+                longer = self._template.render([*messages, {"role": role, "content": content}], tools)
+            except Exception:  # noqa: BLE001 - a template may refuse the order of roles
+                continue
+            added = longer[len(whole) :]
+            stop = max((stop for stop in self._stops if added.startswith(stop)), key=len, default="")
+            if stop and longer.startswith(whole):
+                return stop
+        return ""
+
+    def _plain_end(self, text: str, end: int) -> int:
+        """Return `end` without white space that follows a special token: no model generates past that token."""
+        stripped = text[:end].rstrip()
+        return len(stripped) if stripped.endswith(tuple(self._template.special_tokens)) else end
+
+    # ---- turns by marks -----------------------------------------------------------------------------------
+
+    def _marked_sequence(self, messages: list[Message], tools: Tools, where: str, wanted: list[int]) -> Rendered:
+        """Return one sequence whose template marks the assistant's tokens itself."""
+        try:
+            text, marks = self._template.render_marked(messages, tools)
+        except Exception as error:  # a template may raise anything
+            raise _refused(where, error) from error
+        check_text(text, where)
+        habits = self._template.habits(tools)
+        assistants = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if wanted != assistants:
+            marks = [mark for turn in wanted for mark in self._marks_of(messages, turn, tools, marks)]
+        spans = []
+        stopped = 0
+        for begin, end in marks:
+            stop = self._stop(text, begin, end, habits)
+            stopped += stop is not None
+            spans.append((begin, end if stop is None else stop))
+        spoken = "".join(text[begin:end] for begin, end in spans)
+        for turn in wanted:
+            self._check_said(messages[turn], spoken, f"message {turn + 1} in {where}")
+        self._check_context(messages, wanted, text, tools, where)
+        return Rendered(text, spans, without_end=max(0, len(wanted) - stopped))
+
+    def _marks_of(self, messages: list[Message], turn: int, tools: Tools, marks: list[Span]) -> list[Span]:
+        """Return the marks of one turn: those that the chat up to it has more than the chat before it."""
+        try:
+            earlier = len(self._template.render_marked(messages[:turn], tools)[1])
+            upto = len(self._template.render_marked(messages[: turn + 1], tools)[1])
+        except Exception as error:  # a template may raise anything
+            raise _Undecided(f"it refuses the messages before message {turn + 1}") from error
+        return marks[earlier:upto]
+
+    # ---- what must be in the text -------------------------------------------------------------------------
+
+    def _check_said(self, message: Message, spoken: str, place: str) -> None:
+        """Raise UserError unless all that a trained message says is in its rendered turn."""
+        squeezed = _squeezed(spoken)
+        for what, piece in _said(message):
+            if not _is_in(piece, squeezed):
+                raise _not_rendered(what, place)
+
+    def _check_context(
+        self,
+        messages: list[Message],
+        wanted: Sequence[int],
+        text: str,
+        tools: Tools,
+        where: str,
+        *,
+        by_prompt: bool = False,
+    ) -> None:
+        """Raise UserError unless the other messages and the tools are in the text; earlier thinking may be stripped.
+
+        A short content may stand in the text by chance, so the same chat with other contents is rendered as well, once
+        for all chats of its shape.
+        """
+        squeezed = _squeezed(text)
+        vanished = self._vanished_messages(messages, tools, by_prompt)
+        for number, message in enumerate(messages):
+            if number in wanted:
+                continue
+            place = f"message {number + 1} in {where}"
+            if number in vanished:
+                raise _not_rendered("the content", place)
+            content = content_text(message.get("content")).rpartition(_CLOSE)[2]
+            context = {**message, "content": content}
+            for what, piece in _said({k: v for k, v in context.items() if k not in REASONING_FIELDS}):
+                if not _is_in(piece, squeezed):
+                    raise _not_rendered(what, place)
+        for name in tool_names(tools or []):
+            if name not in text:
+                raise _not_rendered(f"the tool {name!r}", where)
+
+    def _vanished_messages(self, messages: list[Message], tools: Tools, by_prompt: bool) -> frozenset[int]:
+        """Return the numbers of the messages whose content the template leaves out in chats of this shape."""
+        shape = tuple(
+            (m["role"], type(m.get("content")), bool(content_text(m.get("content"))), bool(m.get("tool_calls")))
+            for m in messages
+        )
+        key = (shape, bool(tools), by_prompt)
+        if key not in self._vanished:
+            names = {n: f"qvz{n}qvz" for n, m in enumerate(messages) if content_text(m.get("content"))}
+            chat = [
+                {**m, "content": _like(m["content"], names[n])} if n in names else m for n, m in enumerate(messages)
+            ]
+            try:
+                text = self._template.render(chat[:-1] if by_prompt else chat, tools, prompt=by_prompt)
+            except Exception:  # noqa: BLE001 - a template may refuse contents that mean nothing
+                names = {}
+            hidden = {n for n, name in names.items() if name not in text and not (by_prompt and n == len(chat) - 1)}
+            self._vanished[key] = frozenset(hidden)
+        return self._vanished[key]
 
 
-def _before_turn(render: Callable[..., str], chat: list[dict[str, Any]], turn: int, whole: str) -> str | None:
-    """What stands before an assistant turn, generation prompt included; None where that cannot be told."""
-    if turn:
-        return render(chat[:turn], prompt=True)
-    # `transformers` renders no empty chat, so for a chat that the assistant opens the prompt is looked for.
-    opening = [{"role": "user", "content": "x"}]
-    bare, prompted = render(opening), render(opening, prompt=True)
-    header = prompted[len(bare) :] if prompted.startswith(bare) else ""
-    return whole[: whole.index(header) + len(header)] if header and header in whole else None
+def _with_thought(content: str, rest: str, habits: Habits) -> str:
+    """Return the finished turn `rest` with the thinking of its content that the template strips even there.
+
+    The part of the thought that the generation prompt opens is not repeated.
+    """
+    if _CLOSE not in content or _CLOSE in rest or _CLOSE in habits.opening:
+        return rest
+    thought, _, answer = content.rpartition(_CLOSE)
+    if habits.opening.strip() and thought.startswith(habits.opening.strip()):
+        # The prompt has the white space behind the opening too.
+        thought = thought.removeprefix(habits.opening.strip())
+        thought = thought.removeprefix(habits.opening[len(habits.opening.rstrip()) :])
+    gap = answer[: len(answer) - len(answer.lstrip())]
+    return thought + _CLOSE + gap + rest.lstrip()
 
 
-def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
-    """`end` without white space that follows an end-of-turn token: no model generates past that token."""
-    stripped = text[:end].rstrip()
-    special = {
-        *tokenizer.all_special_tokens,
-        *(str(token) for token in tokenizer.added_tokens_decoder.values()),
-    }
-    return len(stripped) if stripped.endswith(tuple(special - {""})) else end
+def _said(message: Message) -> Iterator[tuple[str, str]]:
+    """Yield what a message says, piece by piece, and the name of each piece for errors."""
+    for piece in _THINK_TAGS.split(content_text(message.get("content"))):
+        yield "the content", piece
+    for name in REASONING_FIELDS:
+        yield "the reasoning", message.get(name) or ""
+    for call in message.get("tool_calls") or []:
+        function = call["function"]
+        yield f"the tool call {function['name']!r}", function["name"]
+        for text in _texts_in(function["arguments"]):
+            yield f"an argument of the tool call {function['name']!r}", text
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(inner)
+
+
+def _squeezed(text: str) -> str:
+    """Return the text without white space, which templates trim and add."""
+    return "".join(text.split())
+
+
+def _is_in(piece: str, squeezed: str) -> bool:
+    """Return True where the text holds the piece, as it is or as JSON writes it."""
+    plain = _squeezed(piece)
+    if plain in squeezed:
+        return True
+    written: Iterable[str] = (json.dumps(piece.strip(), ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    return any(_squeezed(form) in squeezed for form in written)
+
+
+def _like(content: Any, text: str) -> Any:
+    return [{"type": "text", "text": text}] if isinstance(content, list) else text
+
+
+def _not_rendered(what: str, place: str) -> UserError:
+    return UserError(
+        f"The chat template does not render {what} of {place}; use a chat template that does, or remove the row."
+    )
 
 
 def _refused(where: str, error: Exception) -> UserError:

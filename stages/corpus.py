@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from stages import given_masks
 from stages.sources import (
     Origin,
     Rows,
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+    from stages.chat import ChatRenderer, Rendered
     from stages.encode import Span
+    from stages.messages import Chat
 
 _KEPT, _EMPTY, _TOO_SHORT, _WITHOUT_LOSS = range(4)
 _SMALL_BYTES = 8 << 20  # below this much data, starting processes takes longer than tokenising
@@ -39,12 +43,28 @@ _BATCH_ROWS = 1000
 
 TURNS = ("all", "last", "each")
 
-Encoded = tuple[np.ndarray, np.ndarray]  # token ids int32 [L], loss mask bool [L-1]
+
+class Encoded(NamedTuple):
+    """One sequence of L ids before it is cut. without_end, open_thoughts: as in `stages.chat.Rendered`."""
+
+    ids: np.ndarray  # int32 [L]
+    mask: np.ndarray  # bool [L-1]
+    without_end: int = 0
+    open_thoughts: int = 0
+
+
+Cells = Mapping[str, list[Any]]  # a batch of rows by column
+# Columns of chats, the usual one first.
+_MESSAGES = ("messages", "conversations", "conversation")
 
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """How rows become sequences. Lengths are in tokens; a column left None is found by its usual name."""
+    """How rows become sequences. Lengths are in tokens; a column left None is found by its usual name.
+
+    end_ids: token ids that stop the teacher, for the end of an assistant turn. template_arguments: variables of the
+    chat template. template_time: the time that the template is told; None for now.
+    """
 
     max_length: int = 2048
     overlong: Literal["cut", "split"] = "cut"
@@ -58,6 +78,9 @@ class CorpusOptions:
     split: str | None = None
     limit: int | None = None  # rows
     processes: int | None = None  # None: all cores, or one for small data
+    end_ids: tuple[int, ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    template_time: datetime | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -88,6 +111,9 @@ class CorpusReport:
     tokens: int
     scored_positions: int  # tokens - sequences
     trained_positions: int  # scored positions with the loss mask set
+    turns_without_end: int = 0  # assistant turns that end in no token that stops the teacher
+    open_thoughts: int = 0  # assistant turns that answer inside the thought that the generation prompt opens
+    unread_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,8 +190,8 @@ class Corpus:
 def build_corpus(source: str, tokenizer: Any, options: CorpusOptions | None = None) -> Corpus:
     """Load, tokenise and count the rows of `source` (see `load_rows`) with a `transformers` tokenizer.
 
-    A row is `text`; `prompt` and `completion` (loss on the completion); chat `messages` (loss on the
-    assistant's turns); or `input_ids`, with a `loss_mask` of one entry per scored position if there is one.
+    A row is `text`; `prompt` and `completion`, texts or lists of messages (loss on the completion); chat `messages`
+    (loss on the assistant's turns); or `input_ids`, with the masks of `stages.given_masks` where there are any.
     Raises UserError naming file, row and column; RunError (disk full, a worker process died).
     """
     options = options or CorpusOptions()
@@ -174,7 +200,8 @@ def build_corpus(source: str, tokenizer: Any, options: CorpusOptions | None = No
         kind = _find_kind(rows, options)
         with full_disk_as_run_error(rows.scratch.name):
             records = _tokenise(rows, kind, tokenizer, options)
-        return _collect(records, len(rows), source, options)
+        unread = tuple(name for name in rows.column_names if name not in kind.columns)
+        return _collect(records, len(rows), source, options, unread)
     finally:
         rows.close()
 
@@ -188,6 +215,7 @@ class _Kind:
 
     name: Literal["text", "completion", "messages", "tokens"]
     columns: tuple[str, ...]
+    tools: str | None = None  # the column of tools beside chats
 
 
 def _find_kind(rows: Rows, options: CorpusOptions) -> _Kind:
@@ -197,19 +225,20 @@ def _find_kind(rows: Rows, options: CorpusOptions) -> _Kind:
     if options.tools_column and options.tools_column not in there:
         raise UserError(f"There is no column '{options.tools_column}': {present}; name one of those.")
     tools = options.tools_column or ("tools" if "tools" in there else None)
+    beside = (*([tools] if tools else []), *(["system"] if "system" in there else []))
     named: list[_Kind] = []
     if options.text_column:
         named.append(_Kind("text", (options.text_column,)))
     if options.prompt_column or options.completion_column:
         pair = (options.prompt_column or "prompt", options.completion_column or "completion")
-        named.append(_Kind("completion", pair))
+        named.append(_Kind("completion", (*pair, *beside), tools))
     if options.messages_column:
-        named.append(_Kind("messages", (options.messages_column, *([tools] if tools else []))))
+        named.append(_Kind("messages", (options.messages_column, *beside), tools))
     usual = [
         _Kind("text", ("text",)),
-        _Kind("completion", ("prompt", "completion")),
-        _Kind("messages", ("messages", *([tools] if tools else []))),
-        _Kind("tokens", ("input_ids", "loss_mask") if "loss_mask" in there else ("input_ids",)),
+        _Kind("completion", ("prompt", "completion", *beside), tools),
+        *(_Kind("messages", (name, *beside), tools) for name in _MESSAGES),
+        _Kind("tokens", ("input_ids", *(name for name in given_masks.COLUMNS if name in there))),
     ]
     kinds = named or [kind for kind in usual if set(kind.columns) <= set(there)]
     if len(kinds) > 1:
@@ -223,8 +252,10 @@ def _find_kind(rows: Rows, options: CorpusOptions) -> _Kind:
     for column in kinds[0].columns:
         if column not in there:
             raise UserError(f"There is no column '{column}': {present}; name one of those.")
-    # What follows ids or messages may be missing from some files.
-    rows.require(kinds[0].columns[:1] if kinds[0].name in ("tokens", "messages") else kinds[0].columns)
+    if options.template_arguments and kinds[0].name in ("text", "tokens"):
+        raise UserError(f"Template arguments belong to chats, and the rows are {kinds[0].columns[0]}; leave them out.")
+    # What follows the first column, or prompt and completion, may be missing from some files.
+    rows.require(kinds[0].columns[: 2 if kinds[0].name == "completion" else 1])
     return kinds[0]
 
 
@@ -236,6 +267,7 @@ class _Encoder:
     """What `datasets.map` calls, in this or another process: rows -> one or more records for each."""
 
     tokenizer: Any
+    renderer: ChatRenderer
     kind: _Kind
     options: CorpusOptions
     origin: Origin
@@ -253,59 +285,84 @@ class _Encoder:
             raise
 
     def _encode(self, batch: Any, indices: list[int]) -> list[Encoded | list[Encoded] | None]:
-        columns = decode_columns(batch, self.kind.columns, self.encoded)
+        names = self.kind.columns
+        cells = dict(zip(names, decode_columns(batch, names, self.encoded), strict=True))
         encode: Any = {
             "text": self._texts,
             "completion": self._completions,
             "messages": self._chats,
             "tokens": self._tokens,
         }[self.kind.name]
-        return encode(indices, *columns)
+        return encode(indices, cells)
 
-    def _texts(self, indices: list[int], values: list[Any]) -> list[Encoded | None]:
+    def _texts(self, indices: list[int], cells: Cells) -> list[Encoded | None]:
+        values = cells[self.kind.columns[0]]
         texts = [self._text(value, row, 0) for value, row in zip(values, indices, strict=True)]
         full = [text for text in texts if text.strip()]
         encoded = iter(self._ids(full))
         return [self._whole(next(encoded)) if text.strip() else None for text in texts]
 
-    def _completions(self, indices: list[int], prompts: list[Any], completions: list[Any]) -> list[Encoded | None]:
+    def _completions(self, indices: list[int], cells: Cells) -> list[Encoded | list[Encoded] | None]:
+        """Encode prompts and completions; a row where one of them is a list of messages is a chat."""
         from stages.encode import encode_spans
+        from stages.messages import read_completion
 
+        prompts, completions = (cells[name] for name in self.kind.columns[:2])
+        results: list[Encoded | list[Encoded] | None] = [None] * len(indices)
         texts: list[str] = []
         spans: list[list[Span]] = []
-        full: list[bool] = []
-        for prompt, completion, row in zip(prompts, completions, indices, strict=True):
+        places: list[int] = []
+        chats: dict[int, Chat] = {}
+        for at, (prompt, completion, row) in enumerate(zip(prompts, completions, indices, strict=True)):
+            if isinstance(prompt, list):
+                if prompt and completion:
+                    chats[at] = read_completion(prompt, completion, self.origin.where(row))
+                continue
             prompt, completion = self._text(prompt, row, 0), self._text(completion, row, 1)
-            full.append(bool(completion.strip()))
-            if full[-1]:
+            if completion.strip():
                 texts.append(prompt + completion)
                 spans.append([(len(prompt), len(prompt) + len(completion))])
-        encoded = iter(encode_spans(self.tokenizer, texts, spans, add_special_tokens=True) if texts else [])
-        return [self._marked(*next(encoded)) if is_full else None for is_full in full]
-
-    def _chats(
-        self, indices: list[int], values: list[Any], tools: list[Any] | None = None
-    ) -> list[list[Encoded] | None]:
-        from stages.chat import render_chat, render_turns
-
-        results: list[list[Encoded] | None] = []
-        turns = self.options.turns
-        for at, (value, row) in enumerate(zip(values, indices, strict=True)):
-            if value is None or (isinstance(value, list) and not value):
-                results.append(None)
-                continue
-            given: Any = (self.tokenizer, value, self.origin.where(row))
-            own = tools[at] if tools else None
-            if turns == "all":
-                rendered = [render_chat(*given, tools=own)]
-            else:
-                rendered = render_turns(*given, tools=own, last=turns == "last")
-            results.append([(ids, marks[1:]) for ids, marks in rendered])
+                places.append(at)
+        encoded = encode_spans(self.tokenizer, texts, spans, add_special_tokens=True) if texts else []
+        for at, each in zip(places, encoded, strict=True):
+            results[at] = self._marked(*each)
+        for at, sequences in self._rendered(chats, indices, cells).items():
+            results[at] = sequences
         return results
 
-    def _tokens(self, indices: list[int], values: list[Any], masks: list[Any] | None = None) -> list[Encoded | None]:
+    def _chats(self, indices: list[int], cells: Cells) -> list[list[Encoded] | None]:
+        from stages.messages import read_chat
+
+        values = cells[self.kind.columns[0]]
+        chats = {
+            at: read_chat(value, self.origin.where(row))
+            for at, (value, row) in enumerate(zip(values, indices, strict=True))
+            if value is not None and value != [] and value != ""
+        }
+        rendered = self._rendered(chats, indices, cells)
+        return [rendered.get(at) for at in range(len(indices))]
+
+    def _rendered(self, chats: Mapping[int, Chat], indices: list[int], cells: Cells) -> dict[int, list[Encoded]]:
+        """Render and encode chats by their place in the batch; tools and system prompt may stand beside them."""
+        from stages.messages import read_tools, with_system
+
+        pieces: list[tuple[int, Rendered]] = []
+        for at, chat in chats.items():
+            where = self.origin.where(indices[at])
+            tools = read_tools(cells[self.kind.tools][at], where) if self.kind.tools else None
+            if "system" in cells:
+                chat = with_system(chat, cells["system"][at], where)
+            pieces += [(at, sequence) for sequence in self.renderer.render(chat, where, tools)]
+        found: dict[int, list[Encoded]] = {at: [] for at in chats}
+        encoded = self.renderer.encode([sequence for _, sequence in pieces])
+        for (at, sequence), (ids, marks) in zip(pieces, encoded, strict=True):
+            found[at].append(Encoded(ids, marks[1:], sequence.without_end, sequence.open_thoughts))
+        return found
+
+    def _tokens(self, indices: list[int], cells: Cells) -> list[Encoded | None]:
+        masks = {name: values for name, values in cells.items() if name in given_masks.COLUMNS}
         results: list[Encoded | None] = []
-        for at, (value, row) in enumerate(zip(values, indices, strict=True)):
+        for at, (value, row) in enumerate(zip(cells["input_ids"], indices, strict=True)):
             if value is None or (isinstance(value, (list, np.ndarray)) and len(value) == 0):
                 results.append(None)
                 continue
@@ -313,6 +370,8 @@ class _Encoder:
             ids = _integers(value)
             if ids is None:
                 raise UserError(f"The token ids in {where} are not a list of whole numbers; mend or remove the row.")
+            given = {name: values[at] for name, values in masks.items()}
+            ids, mask = given_masks.apply_masks(ids, given, self._places(row))
             wrong = (ids < 0) | (ids >= self.vocabulary_size)
             if wrong.any():
                 place = int(np.argmax(wrong))
@@ -320,24 +379,11 @@ class _Encoder:
                     f"Token id {ids[place]} at place {place} of {where} is not in the tokenizer's vocabulary "
                     f"of {self.vocabulary_size}; tokenise with the teacher's tokenizer."
                 )
-            results.append((ids.astype(np.int32), self._given_mask(masks and masks[at], len(ids), row)))
+            results.append(Encoded(ids.astype(np.int32), mask))
         return results
 
-    def _given_mask(self, value: Any, length: int, row: int) -> np.ndarray:
-        """A row's own loss mask bool [L-1], all True when it has none."""
-        if value is None:
-            return np.ones(max(0, length - 1), dtype=bool)
-        where = f"{self.origin.where(row)}, column 'loss_mask'"
-        given = value if isinstance(value, (list, np.ndarray)) else None
-        if given is None or any(entry not in (0, 1) or isinstance(entry, float) for entry in given):
-            raise UserError(f"The loss mask in {where} is not a list of true and false; mend or remove the row.")
-        if len(given) != max(0, length - 1):
-            raise UserError(
-                f"The loss mask in {where} has {len(given)} entries where {length} ids need "
-                f"{max(0, length - 1)}; give one for each scored position, the first about the prediction of "
-                "the second id."
-            )
-        return np.asarray(given, dtype=bool)
+    def _places(self, row: int) -> Callable[[str], str]:
+        return lambda column: f"{self.origin.where(row)}, column '{column}'"
 
     def _text(self, value: Any, row: int, column: int) -> str:
         """The text in a cell, "" for null. Raises UserError for anything else."""
@@ -367,13 +413,13 @@ class _Encoder:
     def _whole(self, ids: list[int]) -> Encoded:
         """Plain text: every position is trained."""
         full = np.asarray(self._with_eos(ids), dtype=np.int32)
-        return full, np.ones(max(0, len(full) - 1), dtype=bool)
+        return Encoded(full, np.ones(max(0, len(full) - 1), dtype=bool))
 
     def _marked(self, ids: np.ndarray, marks: np.ndarray) -> Encoded:
         """Prompt and completion: position t is trained when token t+1 is the completion's, eos included."""
         full = np.asarray(self._with_eos(ids.tolist()), dtype=np.int32)
         marks = np.concatenate([marks, np.ones(len(full) - len(ids), dtype=bool)])
-        return full, marks[1:]
+        return Encoded(full, marks[1:])
 
     def _with_eos(self, ids: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
@@ -391,7 +437,7 @@ def _integers(value: Any) -> np.ndarray | None:
     return array.astype(np.int64) if array.ndim == 1 and array.dtype.kind in "iu" else None
 
 
-def _pieces(ids: np.ndarray, mask: np.ndarray, options: CorpusOptions) -> Iterator[Encoded]:
+def _pieces(ids: np.ndarray, mask: np.ndarray, options: CorpusOptions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The row cut to `max_length`, or split so that every scored position falls into exactly one piece.
 
     Each piece after the first starts with the last token of the one before: its first scored position is the
@@ -408,7 +454,7 @@ def _pieces(ids: np.ndarray, mask: np.ndarray, options: CorpusOptions) -> Iterat
 def _records(encoded: Iterable[Encoded | list[Encoded] | None], options: CorpusOptions) -> pa.Table:
     """A table of records: ids and mask of each sequence, empty lists for what is left out, and why it is.
 
-    `overlong` is True on the first record of a row that was cut or split.
+    `overlong` is True on the first record of a row that was cut or split, and counts of a row's turns stand there.
     """
     import pyarrow as pa
 
@@ -416,18 +462,24 @@ def _records(encoded: Iterable[Encoded | list[Encoded] | None], options: CorpusO
     masks: list[np.ndarray] = []
     outcomes: list[int] = []
     overlong: list[bool] = []
+    turns: list[tuple[int, int]] = []  # without an end, in an open thought
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     for row in encoded:
         parts = row if isinstance(row, list) else [row]
         found: list[tuple[np.ndarray, np.ndarray, int]] = []
         for part in parts:
-            if part is None or len(part[0]) < 2:
+            if part is None or len(part.ids) < 2:
                 found.append((*nothing, _EMPTY if part is None else _TOO_SHORT))
                 continue
-            pieces = _pieces(*part, options)
+            pieces = _pieces(part.ids, part.mask, options)
             found += [(*piece, _KEPT) if piece[1].any() else (*nothing, _WITHOUT_LOSS) for piece in pieces]
-        is_long = any(part is not None and len(part[0]) > options.max_length for part in parts)
+        is_long = any(part is not None and len(part.ids) > options.max_length for part in parts)
+        flags = (
+            sum(part.without_end for part in parts if part is not None),
+            sum(part.open_thoughts for part in parts if part is not None),
+        )
         for place, (piece_ids, mask, outcome) in enumerate(found):
+            turns.append(flags if place == 0 else (0, 0))
             ids.append(piece_ids)
             masks.append(mask)
             outcomes.append(outcome)
@@ -437,6 +489,8 @@ def _records(encoded: Iterable[Encoded | list[Encoded] | None], options: CorpusO
         _lists(masks, bool),
         pa.array(outcomes, pa.int8()),
         pa.array(overlong, pa.bool_()),
+        pa.array([without_end for without_end, _ in turns], pa.int32()),
+        pa.array([open_thoughts for _, open_thoughts in turns], pa.int32()),
     ]
     return pa.Table.from_arrays(columns, schema=_record_schema())
 
@@ -459,6 +513,8 @@ def _record_schema() -> pa.Schema:
             ("loss_mask", pa.list_(pa.bool_())),
             ("outcome", pa.int8()),
             ("overlong", pa.bool_()),
+            ("turns_without_end", pa.int32()),
+            ("open_thoughts", pa.int32()),
         ]
     )
 
@@ -470,13 +526,22 @@ def _tokenise(rows: Rows, kind: _Kind, tokenizer: Any, options: CorpusOptions) -
     """Map the rows to records in the scratch folder, in as many processes as the data is worth."""
     from datasets import Features
 
+    from stages.chat import ChatRenderer
+
     dataset = rows.dataset if rows.encoded else rows.dataset.select_columns(list(kind.columns))
     size = int(dataset.data.nbytes)
     processes = options.processes or (1 if size < _SMALL_BYTES else _cores())
     processes = min(processes, len(dataset))
     vocabulary_size = max([len(tokenizer), *(id + 1 for id in tokenizer.get_vocab().values())])
     stop_file = os.path.join(rows.scratch.name, "stop")
-    encoder = _Encoder(tokenizer, kind, options, rows.origin, rows.encoded, vocabulary_size, stop_file)
+    renderer = ChatRenderer(
+        tokenizer,
+        turns=options.turns,
+        end_ids=options.end_ids,
+        arguments=options.template_arguments,
+        moment=options.template_time,
+    )
+    encoder = _Encoder(tokenizer, renderer, kind, options, rows.origin, rows.encoded, vocabulary_size, stop_file)
     with quiet_unless_terminal(), _tokenizers_in_one_thread():
         try:
             return dataset.map(
@@ -523,12 +588,12 @@ def _tokenizers_in_one_thread() -> Iterator[None]:
             environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _collect(records: Dataset, rows: int, source: str, options: CorpusOptions) -> Corpus:
+def _collect(records: Dataset, rows: int, source: str, options: CorpusOptions, unread: tuple[str, ...]) -> Corpus:
     """Count and fingerprint the records in one pass. Raises UserError when no sequence is left."""
     counts = np.zeros(4, dtype=np.int64)
     lengths: list[np.ndarray] = []
     kept: list[np.ndarray] = []
-    overlong = trained = seen = 0
+    overlong = trained = seen = without_end = open_thoughts = 0
     fingerprint = CorpusFingerprint()
     for batch in records.data.to_batches():
         outcome = batch["outcome"].to_numpy()
@@ -537,6 +602,8 @@ def _collect(records: Dataset, rows: int, source: str, options: CorpusOptions) -
         kept.append(np.flatnonzero(is_kept) + seen)
         seen += len(outcome)
         overlong += batch["overlong"].true_count
+        without_end += int(batch["turns_without_end"].to_numpy().sum())
+        open_thoughts += int(batch["open_thoughts"].to_numpy().sum())
         own = batch["input_ids"].value_lengths().to_numpy()[is_kept]
         ids = batch["input_ids"].flatten().to_numpy()
         mask = batch["loss_mask"].flatten().to_numpy(zero_copy_only=False)
@@ -563,6 +630,9 @@ def _collect(records: Dataset, rows: int, source: str, options: CorpusOptions) -
         tokens=tokens,
         scored_positions=tokens - sequences,
         trained_positions=trained,
+        turns_without_end=without_end,
+        open_thoughts=open_thoughts,
+        unread_columns=unread,
     )
     everything = sequences == seen
     return Corpus(records, None if everything else np.concatenate(kept), all_lengths, report, fingerprint.hexdigest())

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.chat import check_tools
 from stages.identity import teacher_identity
+from stages.messages import read_tools
 from stages.pretrained import load_config, load_tokenizer
 from stages.sources import load_rows
 from storage.errors import UserError
@@ -239,7 +239,7 @@ def _prompt_ids(tokenizer: Any, row: dict[str, Any], column: str, chat: bool, wh
             raise UserError(f"{where}: messages are not a list of role and content")
         if value[-1].get("role") == "assistant":
             raise UserError(f"{where}: the chat ends with the assistant's turn; there is nothing left to answer")
-        tools = check_tools(row.get("tools"), where)
+        tools = read_tools(row.get("tools"), where)
         try:
             text = tokenizer.apply_chat_template(value, tools=tools, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from stages.chat import render_chat, render_turns
+from stages.chat import ChatRenderer
+from stages.messages import read_chat, read_tools
 from stages.encode import encode_spans
 from storage.errors import UserError
 
@@ -66,6 +67,21 @@ def marked_runs(tokenizer, ids, marks) -> list[str]:
     return runs
 
 
+def render(tokenizer, messages, where="the chat", tools=None, **options) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and marks of each sequence of a chat."""
+    renderer = ChatRenderer(tokenizer, **options)
+    return renderer.encode(renderer.render(read_chat(messages, where), where, read_tools(tools, where)))
+
+
+def render_chat(*args, **options) -> tuple[np.ndarray, np.ndarray]:
+    (only,) = render(*args, **options)
+    return only
+
+
+def render_turns(*args, last: bool = False, **options) -> list[tuple[np.ndarray, np.ndarray]]:
+    return render(*args, turns="last" if last else "each", **options)
+
+
 def refusal(*args) -> str:
     with pytest.raises(UserError) as caught:
         render_chat(*args)
@@ -95,7 +111,8 @@ def test_a_turn_that_ends_in_a_space_marks_nothing_after_it(tokenizer):
     tokenizer.chat_template = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     chat = [{"role": "assistant", "content": " hello "}, {"role": "user", "content": "SECRET"}]
     ids, marks = render_chat(tokenizer, chat)
-    assert marked_runs(tokenizer, ids, marks) == [" hello "]
+    # The end of turn stands behind the mark; a loss without it would not teach when to stop.
+    assert marked_runs(tokenizer, ids, marks) == [" hello <|im_end|>"]
 
 
 def test_template_without_generation_prompt(tokenizer):
@@ -140,7 +157,8 @@ def test_unusual_content(tokenizer, content):
     tokenizer.chat_template = CHATML
     chat = [CHAT[1], {"role": "assistant", "content": content}, CHAT[1]]
     ids, marks = render_chat(tokenizer, chat)
-    assert tokenizer.decode(ids[marks]) == content + "<|im_end|>"
+    # The teacher stops at the first end of turn, also where the content itself holds one.
+    assert tokenizer.decode(ids[marks]) == (content if content == "<|im_end|>" else content + "<|im_end|>")
 
 
 def test_a_token_that_reaches_into_the_turn_is_the_assistants(tokenizer):
@@ -192,9 +210,7 @@ def test_tools_reach_the_template(tokenizer, template):
     without, unmarked = render_chat(tokenizer, CHAT)
     assert marks.sum() == unmarked.sum() and len(ids) > len(without)
     assert render_chat(tokenizer, CHAT, tools=json.dumps(TOOLS))[0].tolist() == ids.tolist()
-    # What Parquet makes of schemas that differ.
-    padded = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": None}, "extra": None}]
-    assert render_chat(tokenizer, CHAT, tools=padded)[0].tolist() == ids.tolist()
+    assert render_chat(tokenizer, CHAT, tools=[json.dumps(tool) for tool in TOOLS])[0].tolist() == ids.tolist()
     assert all(tokenizer.decode(turn[0]).startswith("tool {") for turn in render_turns(tokenizer, CHAT, tools=TOOLS))
     for nothing in (None, [], "", " "):
         assert render_chat(tokenizer, CHAT, tools=nothing)[0].tolist() == without.tolist()
@@ -232,7 +248,7 @@ def test_templates_that_cannot_tell(tokenizer):
         (["hello"], "Message 1 in row 9 is text, not an object"),
         ([CHAT[1], {"content": "x"}], "Message 2 in row 9 has no role"),
         ([{"role": 3, "content": "x"}], "Message 1 in row 9 has no role"),
-        ([{"from": "human", "value": "x"}], "Message 1 in row 9 has no role"),
+        ([{"speaker": "human", "text": "x"}], "Message 1 in row 9 has no role (its fields are speaker, text)"),
         ([{"role": "user"}], "Message 1 in row 9 has no content"),
         ([{"role": "user", "content": None}], "has no content"),
         ([{"role": "user", "content": 3}], "a content that is a number"),

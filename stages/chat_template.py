@@ -1,0 +1,313 @@
+"""A tokenizer's chat template: rendering, and the habits of the template that rendering probe chats reveals.
+
+Templates differ in the forms that they take: contents as strings or as parts, arguments of tool calls as objects or as
+JSON text, reasoning under three names. They differ in what the generation prompt opens and in what closes a turn. One
+probe per template finds each of these out, so no list of model names is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from stages.messages import REASONING_FIELDS, Message, content_text, reasoning_of
+from storage.errors import UserError
+
+Span = tuple[int, int]  # characters [start, end)
+Tools = list[dict[str, Any]] | None
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+_CLOCK = re.compile(r"\bstrftime_now\b")
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
+_THINK = "<think>"
+# Texts that no template writes by itself.
+_USER, _ASSISTANT, _NEXT, _CALL, _KEY, _VALUE = "qvzuserqvz", "qvzanswerqvz", "qvznextqvz", "qvzcall", "qvzkey", "qvzv"
+
+
+@dataclass(frozen=True)
+class Habits:
+    """The habits of one template.
+
+    content_forms: of "string" and "parts", those that are rendered as text. call_content: the content of a message
+    with tool calls and no text. object_arguments: arguments of tool calls are objects, not JSON text. reasoning: the
+    fields of reasoning that the template reads. has_prompt: it has a generation prompt. header: the part of the
+    generation prompt that stands in finished turns too; opening: the rest of it, such as "<think>\\n". lead: the text
+    between header and content in a finished turn. end: the special token that closes every assistant turn.
+    """
+
+    content_forms: frozenset[str]
+    call_content: str | None
+    object_arguments: bool
+    reasoning: tuple[str, ...]
+    has_prompt: bool = False
+    header: str = ""
+    opening: str = ""
+    lead: str = ""
+    end: str | None = None
+
+    def content(self, text: str) -> Any:
+        """Return a text as the content of a message, in a form that the template takes."""
+        return text if "string" in self.content_forms else [{"type": "text", "text": text}]
+
+    @property
+    def opens_thinking(self) -> bool:
+        return _THINK in self.opening and "</think>" not in self.opening
+
+
+class ChatTemplate:
+    """Renders chats as `tokenizer.apply_chat_template` does, with fixed arguments and a fixed moment.
+
+    arguments: variables for the template, e.g. {"enable_thinking": False}. moment: the time that `strftime_now` tells
+    the template; None for now. Raises UserError for arguments that no template of this tokenizer reads, and for a
+    template that draws at random.
+    """
+
+    def __init__(
+        self, tokenizer: Any, arguments: Mapping[str, Any] | None = None, moment: datetime | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._arguments = dict(arguments or {})
+        self._clock = (moment or datetime.now()).strftime
+        self._habits: dict[str, Habits] = {}
+        self.special_tokens = _special_tokens(tokenizer)
+        check_template(tokenizer, self._arguments)
+
+    def source(self, tools: Tools, where: str = "the chat") -> str:
+        """Return the text of the template; some tokenizers have one of its own for chats with tools."""
+        try:
+            return self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise UserError(
+                f"The tokenizer has no chat template, so the chat in {where} cannot be rendered; use the tokenizer of "
+                "a chat model, give a chat template, or supply prompt and completion columns."
+            ) from error
+
+    def marks_generation(self, tools: Tools) -> bool:
+        """Return True where the template marks the assistant's tokens with `{% generation %}`."""
+        return _GENERATION.search(self.source(tools)) is not None
+
+    def render(self, messages: Sequence[Message], tools: Tools, *, prompt: bool = False) -> str:
+        """Return the chat as text, with the generation prompt where `prompt`. Raises whatever the template raises."""
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **{"strftime_now": self._clock, **self._arguments},
+        )
+
+    def render_marked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
+        """Return the chat as text and the spans that `{% generation %}` marks.
+
+        The spans are characters: `apply_chat_template(return_assistant_tokens_mask=True)` would turn them into tokens
+        through `char_to_token`, which knows no trimmed space, and so marks the rest of the chat after a turn that
+        ends in one.
+        """
+        from transformers.utils import chat_template_utils
+
+        if not messages:
+            return "", []
+        render: Any = chat_template_utils.render_jinja_template  # its annotation says str, it returns two lists
+        rendered, marked = render(
+            conversations=[list(messages)],
+            tools=tools,
+            chat_template=self.source(tools),
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, "strftime_now": self._clock, **self._arguments},
+        )
+        return rendered[0], [(start, end) for start, end in marked[0] if end > start]
+
+    # ---- forms --------------------------------------------------------------------------------------------
+
+    def adapt(self, messages: Sequence[Message], tools: Tools, where: str) -> list[Message]:
+        """Return the messages in the forms that the template takes. Raises UserError naming the row."""
+        habits = self.habits(tools)
+        places = (f"message {number} in {where}" for number in range(1, len(messages) + 1))
+        return [self._adapted(*each, habits, tools) for each in zip(messages, places, strict=True)]
+
+    def _adapted(self, message: Message, place: str, habits: Habits, tools: Tools) -> Message:
+        message = dict(message)
+        written = message.pop("written_role", None)
+        if written is not None and self._speaks(written, tools):
+            message["role"] = written
+        content = message.get("content")
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_adapted_call(call, habits, place) for call in message["tool_calls"]]
+            if not content_text(content):
+                content = habits.call_content
+        elif content is None:
+            content = ""
+        if isinstance(content, str) or "parts" not in habits.content_forms:
+            content = content if content is None else habits.content(content_text(content))
+        message["content"] = content
+        return _with_reasoning(message, habits)
+
+    def _speaks(self, role: str, tools: Tools) -> bool:
+        """Return True where the template has this very name for a role."""
+        return f"<|{role}|>" in self.special_tokens or re.search(rf"['\"]{role}['\"]", self.source(tools)) is not None
+
+    # ---- habits -------------------------------------------------------------------------------------------
+
+    def habits(self, tools: Tools) -> Habits:
+        """Return the habits of the template that serves these tools; found once for each template."""
+        source = self.source(tools)
+        if source not in self._habits:
+            self._habits[source] = self._find_habits(source, tools)
+        return self._habits[source]
+
+    def _find_habits(self, source: str, tools: Tools) -> Habits:
+        forms = frozenset(form for form in ("string", "parts") if self._takes(form, tools)) or frozenset({"string"})
+        call_content, object_arguments = self._call_form(tools, "string" in forms)
+        reasoning = tuple(name for name in REASONING_FIELDS if _reads(source, name))
+        habits = Habits(forms, call_content, object_arguments, reasoning)
+        try:
+            return self._with_turn(habits, tools)
+        except Exception:  # noqa: BLE001 - a template may raise anything on a chat that it does not like
+            return habits
+
+    def _try(self, messages: Sequence[Message], tools: Tools, *, prompt: bool = False) -> str:
+        """Return the chat as text, "" where the template refuses the chat."""
+        try:
+            return self.render(messages, tools, prompt=prompt)
+        except Exception:  # noqa: BLE001 - a template may raise anything
+            return ""
+
+    def _takes(self, form: str, tools: Tools) -> bool:
+        def content(text: str) -> Any:
+            return text if form == "string" else [{"type": "text", "text": text}]
+
+        chat = [{"role": "user", "content": content(_USER)}, {"role": "assistant", "content": content(_ASSISTANT)}]
+        text = self._try(chat, tools)
+        printed = "'text'" in text or '"text"' in text
+        return _USER in text and _ASSISTANT in text and not printed
+
+    def _call_form(self, tools: Tools, strings: bool) -> tuple[str | None, bool]:
+        """Return the content of a message that only calls tools, and True where arguments are objects."""
+        arguments = {_KEY: _VALUE}
+        user = _USER if strings else [{"type": "text", "text": _USER}]
+        for content in (None, ""):
+            for given in (arguments, json.dumps(arguments)):
+                call = {"id": "qvzcall01", "type": "function", "function": {"name": _CALL, "arguments": given}}
+                answer: Message = {"role": "assistant", "content": content, "tool_calls": [call]}
+                text = self._try([{"role": "user", "content": user}, answer], tools)
+                mangled = "None" in text or f"'{_KEY}'" in text or f'\\"{_KEY}' in text
+                if _CALL in text and _KEY in text and _VALUE in text and not mangled:
+                    return content, given is arguments
+        return "", True
+
+    def _with_turn(self, habits: Habits, tools: Tools) -> Habits:
+        """Return the habits with the parts of a turn, found on a chat of one question and one answer."""
+
+        question = {"role": "user", "content": habits.content(_USER)}
+        answer = {"role": "assistant", "content": habits.content(_ASSISTANT)}
+        further = {"role": "user", "content": habits.content(_NEXT)}
+        bare, prompted = self.render([question], tools), self.render([question], tools, prompt=True)
+        whole = self.render([question, answer], tools)
+        at = whole.index(_ASSISTANT)
+        common = common_length(prompted, whole[:at])
+        start = common_length(prompted, bare)
+        # The closing of the question may be missing from `bare`, so the header starts after the question itself.
+        start = max(start, prompted.rindex(_USER) + len(_USER)) if _USER in prompted else start
+        return replace(
+            habits,
+            has_prompt=prompted != bare,
+            header=prompted[start:common],
+            opening=prompted[common:],
+            lead=whole[common:at],
+            end=self._own_end(whole[at + len(_ASSISTANT) :], [question, answer, further], tools),
+        )
+
+    def _own_end(self, last: str, chat: list[Message], tools: Tools) -> str | None:
+        """Return the special token that follows an answer both at the end of a chat and within it."""
+        text = self._try(chat, tools)
+        if _NEXT not in text or _ASSISTANT not in text:
+            return self.first_special(last)
+        within = text[text.index(_ASSISTANT) + len(_ASSISTANT) : text.index(_NEXT)]
+        found = self.first_special(last)
+        return found if found is not None and found == self.first_special(within) else None
+
+    def first_special(self, text: str) -> str | None:
+        """Return the special token that comes first in a text; of several at one place, the longest."""
+        places = [(text.index(token), -len(token), token) for token in self.special_tokens if token in text]
+        return min(places)[2] if places else None
+
+
+def check_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError for template arguments that nothing reads, and for a template that draws at random."""
+    templates = getattr(tokenizer, "chat_template", None)
+    sources = list(templates.values()) if isinstance(templates, dict) else [templates] if templates else []
+    for name in arguments:
+        if name in _RESERVED:
+            raise UserError(f"The template argument {name!r} is set by this program; leave it out.")
+        if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+            raise UserError(f"The chat template does not read {name!r}; correct the name or leave the argument out.")
+    if any(_RANDOM.search(source) for source in sources):
+        raise UserError(
+            "The chat template draws at random, so a chat has no fixed tokens; give a chat template that does not."
+        )
+
+
+def tells_time(tokenizer: Any) -> bool:
+    """Return True where a chat template of this tokenizer writes the date or the time."""
+    templates = getattr(tokenizer, "chat_template", None)
+    sources = templates.values() if isinstance(templates, dict) else [templates or ""]
+    return any(_CLOCK.search(source) for source in sources)
+
+
+def common_length(one: str, other: str) -> int:
+    """Return the number of characters that two texts share at their start."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.startswith(other[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _special_tokens(tokenizer: Any) -> frozenset[str]:
+    added = (str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
+    return frozenset({*tokenizer.all_special_tokens, *added} - {""})
+
+
+def _reads(source: str, name: str) -> bool:
+    return re.search(rf"\.{name}\b|['\"]{name}['\"]", source) is not None
+
+
+def _adapted_call(call: dict[str, Any], habits: Habits, place: str) -> dict[str, Any]:
+    """Return a tool call whose arguments have the form that the template takes."""
+    arguments = call["function"]["arguments"]
+    if habits.object_arguments and isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise UserError(
+                f"A tool call of {place} has arguments that are not a JSON object, and the chat template takes no "
+                "other; mend or remove the row."
+            )
+    elif not habits.object_arguments and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _with_reasoning(message: Message, habits: Habits) -> Message:
+    """Return the message with its reasoning in the field that the template reads, or before its text."""
+    reasoning = reasoning_of(message)
+    if reasoning is None:
+        return message
+    given = next(name for name in REASONING_FIELDS if message.get(name))
+    if not habits.reasoning and habits.opens_thinking and not message.get("tool_calls"):
+        text = content_text(message["content"])
+        message["content"] = habits.content(f"{_THINK}\n{reasoning.strip()}\n</think>\n\n{text}")
+        return {key: value for key, value in message.items() if key not in REASONING_FIELDS}
+    if habits.reasoning and given not in habits.reasoning:
+        message[habits.reasoning[0]] = message.pop(given)
+    return message
