@@ -13,17 +13,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.card import card
+from stages.chat_settings import ChatSettings, time_there
 from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
 from stages.corpus import Sequence as TokenSequence
 from stages.engines import Choice, EngineOptions, choose, engine_of, load
 from stages.identity import teacher_identity, tokenizer_identity
-from stages.pretrained import load_config, load_tokenizer
+from stages.pretrained import load_config, load_end_ids, load_tokenizer
 from stages.sketch_calibration import calibration_id, calibration_sequences, from_file, to_file
 from stages.sketch_identity import claimed, residual_samples_of, sketch_there, wanted_sketch
 from stages.statistics import StatisticsOptions
@@ -64,7 +66,7 @@ class CacheOptions:
     sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
     miss; None: see `residual_samples_of`. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
     whose sketch, and its rank, is taken instead.
-    license, citation: for the dataset card; they change no number and are no part of the identity.
+    chat: how the chat template is used. license, citation: for the dataset card; they change no number and are no part of the identity.
     """
 
     engine: EngineOptions
@@ -87,6 +89,7 @@ class CacheOptions:
     seed: int = 0
     columns: dict[str, str | None] = field(default_factory=dict)
     turns: str = "all"
+    chat: ChatSettings = field(default_factory=ChatSettings)
     append_eos: bool = True
     split: str | None = None
     limit: int | None = None
@@ -158,7 +161,8 @@ class PreparedCache:
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens.
+    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens. end_ids: the
+    token ids that stop it.
 
     sketch: what is wanted, its checksum missing until it is known; sketch_bytes: where another cache has it.
     """
@@ -168,6 +172,7 @@ class TeacherFiles:
     tokenizer: PreTrainedTokenizerBase
     vocabulary_size: int
     max_length: int
+    end_ids: tuple[int, ...]
     sketch: SketchIdentity | None
     sketch_bytes: bytes | None
 
@@ -199,7 +204,14 @@ def read_teacher(options: CacheOptions) -> TeacherFiles:
         raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
     max_length = _max_length(options, config)
     tokenizer = load_tokenizer(options.engine.teacher, **source)
-    return TeacherFiles(config, identity, tokenizer, vocabulary, max_length, sketch, sketch_bytes)
+    options.chat.prepare(tokenizer)
+    end_ids = load_end_ids(options.engine.teacher, config, **source)
+    return TeacherFiles(config, identity, tokenizer, vocabulary, max_length, end_ids, sketch, sketch_bytes)
+
+
+def template_time(options: CacheOptions, tokenizer: PreTrainedTokenizerBase) -> datetime | None:
+    """Return the time that the chat template is told, that of the cache where it was begun before."""
+    return options.chat.moment(tokenizer, time_there(place(options.output)) if options.output else None)
 
 
 def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
@@ -215,7 +227,10 @@ def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
             split=options.split,
             limit=options.limit,
             processes=options.processes,
-            **options.columns,  # type: ignore[arg-type]
+            end_ids=teacher.end_ids,
+            template_arguments=options.chat.values(),
+            template_time=template_time(options, teacher.tokenizer),
+            **options.columns,
         ),
     )
 
@@ -264,7 +279,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
             min_n=statistics.min_n,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
-        source=_source(options),
+        source=_source(options) | options.chat.about(template_time(options, files.tokenizer)),
         made_with={**_versions(), "engine": choice.reason},
     )
     sketch_bytes = files.sketch_bytes

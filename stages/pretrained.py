@@ -52,6 +52,22 @@ def load_tokenizer(
         raise _explain(name, "tokenizer", error) from None
 
 
+def load_end_ids(
+    name: str, config: PretrainedConfig, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, ...]:
+    """Return the token ids that stop the model: those of its generation config, else of its config."""
+    from transformers import GenerationConfig
+
+    try:
+        found: Any = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
+    except Exception:  # noqa: BLE001 - a model may come without one, and then its config says
+        found = None
+    for source in (config, config.get_text_config()):
+        found = getattr(source, "eos_token_id", None) if found is None else found
+    ids = found if isinstance(found, (list, tuple)) else [found]
+    return tuple(int(each) for each in ids if each is not None)
+
+
 def load_causal_lm(
     name: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:

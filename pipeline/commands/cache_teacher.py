@@ -166,6 +166,24 @@ _TURNS = ("all", "last", "each")
     "sequence of its own, which templates need that strip earlier thinking.",
 )
 @click.option(
+    "--chat-template",
+    type=click.Path(),
+    metavar="FILE",
+    show_default="the tokenizer's own",
+    help="A Jinja chat template in place of the tokenizer's own.",
+)
+@key_value_option(
+    "--template-arg",
+    "template_args",
+    help="Variable of the chat template, e.g. enable_thinking=false; may be repeated.",
+)
+@click.option(
+    "--template-time",
+    metavar="DATE",
+    show_default="the day when the cache is begun",
+    help="Date or time that a chat template is told which writes one, e.g. 2026-11-26.",
+)
+@click.option(
     "--append-eos/--no-append-eos", default=True, help="End texts and completions with the end-of-sequence token."
 )
 @click.option(
@@ -243,10 +261,12 @@ def command(**given: Any) -> None:
 def cache_options(given: dict[str, Any]) -> CacheOptions:
     """What this command's parameters ask for."""
     from stages.caching import CacheOptions
+    from stages.chat_settings import ChatSettings
 
     names = ("text_column", "prompt_column", "completion_column", "messages_column", "tools_column")
     columns = {name: given.pop(name) for name in names}
     given["logprob_bits"] = int(given["logprob_bits"])
+    given["chat"] = ChatSettings(given.pop("chat_template"), given.pop("template_args"), given.pop("template_time"))
     return CacheOptions(engine_options(given), columns=columns, **given)
 
 
@@ -278,6 +298,13 @@ def report_corpus(report: CorpusReport) -> None:
         (report.without_loss, "sequences with no token to train on left out"),
         (report.cut, "rows cut at --max-length (--overlong split keeps the rest)"),
         (report.split, "rows longer than --max-length split into several sequences"),
+        (
+            report.turns_without_end,
+            "assistant turns end in no token that stops the teacher: students do not learn to stop",
+        ),
+        (report.open_thoughts, "assistant turns answer inside the <think> that the generation prompt opens"),
     ]:
         if count:
             click.echo(f"corpus: {count} {what}", err=True)
+    if report.unread_columns:
+        click.echo(f"corpus: columns that are not read: {', '.join(report.unread_columns)}", err=True)

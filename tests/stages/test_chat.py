@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from stages.chat import ChatRenderer
-from stages.messages import read_chat, read_tools
 from stages.encode import encode_spans
+from stages.messages import read_chat, read_tools
 from storage.errors import UserError
 
 WORDS = ["hello there how are you today", "fine thanks and you", "system be brief user assistant  \n\n"]
