@@ -368,6 +368,13 @@ THINKING_CASES = [
         "thinking in a field that the template does not know",
         may_refuse=True,
     ),
+    Case(
+        "qwq",
+        [Q, assistant("<think>Zero stays zero.</think>It is 0.")],
+        (f"{USER}{OPEN}[[Zero stays zero.</think>It is 0.<|im_end|>]]",),
+        "thinking in the content without line breaks: the one that opens it is the prompt's",
+        may_refuse=True,
+    ),
     Case("qwq", ONE, (f"{USER}{OPEN}[[It is 0.<|im_end|>]]",), "no thinking: the answer right after the prompt"),
     Case("qwq", [Q, IN_CONTENT, Q2, IN_CONTENT_2], None, "the first turn's thinking is not in the whole"),
     Case("qwq", TWO, None, "the first turn's generation prompt is not in the whole"),
@@ -727,6 +734,18 @@ END_CASES = [
         ),
         "two turns; the end of text after the chat is no turn's",
     ),
+    Case(
+        "phi3",
+        [assistant("Hello."), *ONE],
+        (f"<|assistant|>\n[[Hello.<|end|>]]\n{PHI3}[[It is 0.<|end|>]]",),
+        "opened by the assistant",
+    ),
+    Case(
+        "glm4",
+        [assistant("Hello."), *ONE],
+        ("[gMASK]<sop><|assistant|>[[\nHello.<|user|>]]\nWhat is 0 plus 0?<|assistant|>[[\nIt is 0.<|user|>]]",),
+        "opened by the assistant",
+    ),
     Case("phi3", [ASK, A, SUNNY, SAY], None, "the template drops a tool's reply, which the answer rests on"),
     Case(
         "phi4",
@@ -995,6 +1014,13 @@ OTHER_CASES = [
             "<|user|>\nAnd 1 plus 1?</s>\n<|assistant|>\n[[It is 2.</s>]]",
         ),
         "the tokenizer's beginning of text is not in the template",
+    ),
+    Case(
+        "zephyr",
+        [assistant("Hello."), *ONE],
+        ("<|assistant|>\n[[Hello.</s>]]\n<|user|>\nWhat is 0 plus 0?</s>\n<|assistant|>\n[[It is 0.</s>]]",),
+        "opened by the assistant; the generation prompt of an empty chat is empty",
+        may_refuse=True,
     ),
     Case(
         "llava",

@@ -39,12 +39,16 @@ def _joined(lines: str) -> str:
 @lru_cache
 def _bare_tokenizer() -> str:
     """Return a byte-level BPE tokenizer without special tokens, as JSON text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from tests.conftest import texts
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Line breaks stay together and apart from the word that follows, as in the families' own tokenizers.
+    words = Regex(r"\s*[\r\n]+| ?[\p{L}\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+")
+    split = pre_tokenizers.Split(words, "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=450, initial_alphabet=alphabet, show_progress=False)
