@@ -66,7 +66,8 @@ class CacheOptions:
     sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
     miss; None: see `residual_samples_of`. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
     whose sketch, and its rank, is taken instead.
-    chat: how the chat template is used. license, citation: for the dataset card; they change no number and are no part of the identity.
+    chat: how the chat template is used. license, citation: for the dataset card; they change no number and are no part
+    of the identity.
     """
 
     engine: EngineOptions

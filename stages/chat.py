@@ -21,12 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from stages.chat_template import ChatTemplate, Habits, Span, Tools, common_length
+from stages.chat_template import (
+    CLOSE_THINK,
+    THINK,
+    ChatTemplate,
+    Habits,
+    Span,
+    Tools,
+    closes_thought,
+    common_length,
+    opens_thought,
+)
 from stages.encode import check_text, encode_spans
 from stages.messages import REASONING_FIELDS, Chat, Message, content_text, tool_names
 from storage.errors import UserError
 
-_CLOSE = "</think>"
 _THINK_TAGS = re.compile(r"</?think>")
 # No content begins with both.
 _MARKERS = ("\u2603", "\u2604")
@@ -155,7 +164,7 @@ class ChatRenderer:
                 without_end += not text[begin:end].endswith(tuple(self._template.special_tokens))
             spoken = text[begin:end]
             self._check_said(messages[turn], spoken, f"message {turn + 1} in {where}")
-            open_thoughts += habits.opens_thinking and _CLOSE not in spoken
+            open_thoughts += opens_thought(text[:begin]) and CLOSE_THINK not in spoken
             if end > begin:
                 spans.append((begin, end))
         check_text(text, where)
@@ -184,9 +193,9 @@ class ChatRenderer:
         except Exception as error:  # a template may raise anything
             raise _Undecided(f"it refuses the messages before message {turn + 1}") from error
         # Without a generation prompt all is well only if the turn starts with its content, not with a header.
-        content = content_text(messages[turn].get("content"))
-        spoken = whole[len(before) :].lstrip()
-        if before == bare and (habits.lead.strip() or (content and not spoken.startswith(content.strip()))):
+        content = content_text(messages[turn].get("content")).strip()
+        headed = whole.startswith(before) and not whole[len(before) :].lstrip().startswith(content)
+        if before == bare and (habits.lead.strip() or headed):
             raise _Undecided("it has no generation prompt")
         return before
 
@@ -216,7 +225,7 @@ class ChatRenderer:
             rest = whole[len(before) :]
         else:
             rest = whole[self._turn_start(messages, tools, whole, before, habits) :]
-        return before + _with_thought(content_text(messages[last].get("content")), rest, habits), len(before)
+        return before + _with_thought(content_text(messages[last].get("content")), before, rest), len(before)
 
     def _turn_start(self, messages: list[Message], tools: Tools, whole: str, before: str, habits: Habits) -> int:
         """Return where the last turn begins in `whole`, which does not begin with its generation prompt `before`.
@@ -225,14 +234,15 @@ class ChatRenderer:
         generation prompt does, but for what the prompt opens.
         """
         last = len(messages) - 1
-        base = before.removesuffix(habits.opening)
+        header = before.rfind(habits.header) if habits.header else -1
+        base = before[: header + len(habits.header)] if header >= 0 else before.removesuffix(habits.opening)
         marker = next(m for m in _MARKERS if not content_text(messages[last].get("content")).startswith(m))
         answer = {"role": "assistant", "content": habits.content(marker)}
         try:
             other = self._template.render([*messages[:last], answer], tools)
         except Exception as error:  # a template may raise anything
             raise _Undecided(f"it refuses another message {last + 1}") from error
-        parting = common_length(whole, other)
+        parting = self._template.token_border(whole, common_length(whole, other))
         starts = {parting, max(0, parting - len(habits.lead))}
         shared, start = max((common_length(whole[:at][::-1], base[::-1]), at) for at in starts)
         if shared < max(len(habits.header), min(4, len(base))):
@@ -261,7 +271,9 @@ class ChatRenderer:
             stop = max((stop for stop in self._stops if added.startswith(stop)), key=len, default="")
             if stop and longer.startswith(whole):
                 return stop
-        return ""
+        # The template may strip the thinking of this turn once a message follows, so the probe has to tell.
+        header = self._template.habits(tools).next_header
+        return header if header is not None and header in self._stops else ""
 
     def _plain_end(self, text: str, end: int) -> int:
         """Return `end` without white space that follows a special token: no model generates past that token."""
@@ -283,7 +295,9 @@ class ChatRenderer:
             marks = [mark for turn in wanted for mark in self._marks_of(messages, turn, tools, marks)]
         spans = []
         stopped = 0
+        starts = [self._prompt_end(messages, turn, tools, text) for turn in wanted]
         for begin, end in marks:
+            begin = max([begin, *(start for start in starts if start < end)])
             stop = self._stop(text, begin, end, habits)
             stopped += stop is not None
             spans.append((begin, end if stop is None else stop))
@@ -292,6 +306,14 @@ class ChatRenderer:
             self._check_said(messages[turn], spoken, f"message {turn + 1} in {where}")
         self._check_context(messages, wanted, text, tools, where)
         return Rendered(text, spans, without_end=max(0, len(wanted) - stopped))
+
+    def _prompt_end(self, messages: list[Message], turn: int, tools: Tools, text: str) -> int:
+        """Return where the generation prompt of a turn ends; marks may hold the header, which nobody generates."""
+        try:
+            before = self._template.render(messages[:turn], tools, prompt=True)
+        except Exception:  # noqa: BLE001 - then the marks alone tell
+            return 0
+        return len(before) if text.startswith(before) else 0
 
     def _marks_of(self, messages: list[Message], turn: int, tools: Tools, marks: list[Span]) -> list[Span]:
         """Return the marks of one turn: those that the chat up to it has more than the chat before it."""
@@ -310,6 +332,10 @@ class ChatRenderer:
         for what, piece in _said(message):
             if not _is_in(piece, squeezed):
                 raise _not_rendered(what, place)
+        names = [call["function"]["name"] for call in message.get("tool_calls") or []]
+        for name in names:
+            if spoken.count(name) < names.count(name):
+                raise _not_rendered(f"every tool call {name!r}", place)
 
     def _check_context(
         self,
@@ -334,10 +360,11 @@ class ChatRenderer:
             place = f"message {number + 1} in {where}"
             if number in vanished:
                 raise _not_rendered("the content", place)
-            content = content_text(message.get("content")).rpartition(_CLOSE)[2]
+            content = content_text(message.get("content")).rpartition(CLOSE_THINK)[2]
             context = {**message, "content": content}
             for what, piece in _said({k: v for k, v in context.items() if k not in REASONING_FIELDS}):
-                if not _is_in(piece, squeezed):
+                obeyed = self._template.without_directives(piece, tools)
+                if not _is_in(piece, squeezed) and not _is_in(obeyed, squeezed):
                     raise _not_rendered(what, place)
         for name in tool_names(tools or []):
             if name not in text:
@@ -364,20 +391,21 @@ class ChatRenderer:
         return self._vanished[key]
 
 
-def _with_thought(content: str, rest: str, habits: Habits) -> str:
-    """Return the finished turn `rest` with the thinking of its content that the template strips even there.
+def _with_thought(content: str, before: str, rest: str) -> str:
+    """Return the finished turn `rest` with the thought of its content, which some templates strip even there.
 
-    The part of the thought that the generation prompt opens is not repeated.
+    before: the text up to the turn; the part of the thought that the generation prompt opens is not repeated.
     """
-    if _CLOSE not in content or _CLOSE in rest or _CLOSE in habits.opening:
+    if CLOSE_THINK not in content or closes_thought(before):
         return rest
-    thought, _, answer = content.rpartition(_CLOSE)
-    if habits.opening.strip() and thought.startswith(habits.opening.strip()):
-        # The prompt has the white space behind the opening too.
-        thought = thought.removeprefix(habits.opening.strip())
-        thought = thought.removeprefix(habits.opening[len(habits.opening.rstrip()) :])
+    thought, _, answer = content.rpartition(CLOSE_THINK)
+    if _squeezed(thought.replace(THINK, "")) in _squeezed(rest):
+        return rest
+    if opens_thought(before) and thought.startswith(THINK):
+        # The prompt has the white space behind the opening tag too.
+        thought = thought.removeprefix(THINK).removeprefix(before[len(before.rstrip()) :])
     gap = answer[: len(answer) - len(answer.lstrip())]
-    return thought + _CLOSE + gap + rest.lstrip()
+    return thought + CLOSE_THINK + gap + rest.lstrip().removeprefix(CLOSE_THINK).lstrip()
 
 
 def _said(message: Message) -> Iterator[tuple[str, str]]:

@@ -23,8 +23,9 @@ Tools = list[dict[str, Any]] | None
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _CLOCK = re.compile(r"\bstrftime_now\b")
+_DIRECTIVE = re.compile(r"['\"](/\w+)['\"]")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
-_THINK = "<think>"
+THINK, CLOSE_THINK = "<think>", "</think>"
 # Texts that no template writes by itself.
 _USER, _ASSISTANT, _NEXT, _CALL, _KEY, _VALUE = "qvzuserqvz", "qvzanswerqvz", "qvznextqvz", "qvzcall", "qvzkey", "qvzv"
 
@@ -49,6 +50,7 @@ class Habits:
     opening: str = ""
     lead: str = ""
     end: str | None = None
+    next_header: str | None = None
 
     def content(self, text: str) -> Any:
         """Return a text as the content of a message, in a form that the template takes."""
@@ -56,7 +58,7 @@ class Habits:
 
     @property
     def opens_thinking(self) -> bool:
-        return _THINK in self.opening and "</think>" not in self.opening
+        return opens_thought(self.header + self.opening)
 
 
 class ChatTemplate:
@@ -151,6 +153,12 @@ class ChatTemplate:
         """Return True where the template has this very name for a role."""
         return f"<|{role}|>" in self.special_tokens or re.search(rf"['\"]{role}['\"]", self.source(tools)) is not None
 
+    def without_directives(self, text: str, tools: Tools) -> str:
+        """Return a content without the words, such as /no_think, that the template obeys and may not render."""
+        for directive in _DIRECTIVE.findall(self.source(tools)):
+            text = text.replace(directive, "")
+        return text
+
     # ---- habits -------------------------------------------------------------------------------------------
 
     def habits(self, tools: Tools) -> Habits:
@@ -208,8 +216,9 @@ class ChatTemplate:
         further = {"role": "user", "content": habits.content(_NEXT)}
         bare, prompted = self.render([question], tools), self.render([question], tools, prompt=True)
         whole = self.render([question, answer], tools)
+        within = self._try([question, answer, further], tools)
         at = whole.index(_ASSISTANT)
-        common = common_length(prompted, whole[:at])
+        common = self.token_border(prompted, common_length(prompted, whole[:at]))
         start = common_length(prompted, bare)
         # The closing of the question may be missing from `bare`, so the header starts after the question itself.
         start = max(start, prompted.rindex(_USER) + len(_USER)) if _USER in prompted else start
@@ -219,17 +228,25 @@ class ChatTemplate:
             header=prompted[start:common],
             opening=prompted[common:],
             lead=whole[common:at],
-            end=self._own_end(whole[at + len(_ASSISTANT) :], [question, answer, further], tools),
+            end=self._own_end(_between(whole, _ASSISTANT), _between(within, _ASSISTANT, _NEXT)),
+            next_header=self._at_start(_between(within, _ASSISTANT, _NEXT)),
         )
 
-    def _own_end(self, last: str, chat: list[Message], tools: Tools) -> str | None:
+    def _own_end(self, last: str, within: str) -> str | None:
         """Return the special token that follows an answer both at the end of a chat and within it."""
-        text = self._try(chat, tools)
-        if _NEXT not in text or _ASSISTANT not in text:
-            return self.first_special(last)
-        within = text[text.index(_ASSISTANT) + len(_ASSISTANT) : text.index(_NEXT)]
         found = self.first_special(last)
-        return found if found is not None and found == self.first_special(within) else None
+        return found if not within or found == self.first_special(within) else None
+
+    def _at_start(self, text: str) -> str | None:
+        return max((token for token in self.special_tokens if text.startswith(token)), key=len, default=None)
+
+    def token_border(self, text: str, at: int) -> int:
+        """Return `at`, or the start of the special token or thinking tag that `at` would cut in two."""
+        for token in (*self.special_tokens, THINK, CLOSE_THINK):
+            start = text.find(token, max(0, at - len(token) + 1), at + len(token) - 1)
+            if 0 <= start < at < start + len(token):
+                at = start
+        return at
 
     def first_special(self, text: str) -> str | None:
         """Return the special token that comes first in a text; of several at one place, the longest."""
@@ -257,6 +274,24 @@ def tells_time(tokenizer: Any) -> bool:
     templates = getattr(tokenizer, "chat_template", None)
     sources = templates.values() if isinstance(templates, dict) else [templates or ""]
     return any(_CLOCK.search(source) for source in sources)
+
+
+def opens_thought(prompt: str) -> bool:
+    """Return True where a text ends in the start of a thought, as the generation prompts of some templates do."""
+    return prompt.rstrip().endswith(THINK)
+
+
+def closes_thought(prompt: str) -> bool:
+    """Return True where a text ends in the end of a thought."""
+    return prompt.rstrip().endswith(CLOSE_THINK)
+
+
+def _between(text: str, start: str, stop: str | None = None) -> str:
+    """Return the text after `start`, up to `stop`; "" where one of them is missing."""
+    _, found, rest = text.partition(start)
+    if not found or (stop is not None and stop not in rest):
+        return ""
+    return rest if stop is None else rest.partition(stop)[0]
 
 
 def common_length(one: str, other: str) -> int:
@@ -306,7 +341,7 @@ def _with_reasoning(message: Message, habits: Habits) -> Message:
     given = next(name for name in REASONING_FIELDS if message.get(name))
     if not habits.reasoning and habits.opens_thinking and not message.get("tool_calls"):
         text = content_text(message["content"])
-        message["content"] = habits.content(f"{_THINK}\n{reasoning.strip()}\n</think>\n\n{text}")
+        message["content"] = habits.content(f"{THINK}\n{reasoning.strip()}\n{CLOSE_THINK}\n\n{text}")
         return {key: value for key, value in message.items() if key not in REASONING_FIELDS}
     if habits.reasoning and given not in habits.reasoning:
         message[habits.reasoning[0]] = message.pop(given)

@@ -341,6 +341,8 @@ THINKING_CASES = [
         ONE,
         (f"{USER}{OPEN}[[\n</think>\n\nIt is 0.<|im_end|>]]",),
         "no thinking: the rest of the empty block. The prompt ends between two line breaks, often one token",
+        # The ids are those of the whole text, in which the two line breaks are one token that reaches into the turn.
+        also=((f"{USER}{OPEN.rstrip()}[[\n\n</think>\n\nIt is 0.<|im_end|>]]",),),
     ),
     Case("qwen3-thinking", [Q, IN_FIELD, Q2, IN_FIELD_2], None, "the first turn's thinking is not in the whole"),
     Case(
@@ -891,7 +893,13 @@ END_CASES = [
         "harmony",
         [ASK, call(ROME, thinking="Look."), SUNNY, SAY],
         None,
-        "the call's thinking is not in the whole",
+        "the call's thinking is not in the whole, but the last generation prompt shows it",
+        also=(
+            (
+                f"{HARMONY_ASK}[[<|channel|>analysis<|message|>Look.<|end|><|start|>assistant{TO_WEATHER}]]"
+                f"{FROM_WEATHER}[[{FINAL}It is sunny.<|return|>]]",
+            ),
+        ),
     ),
     Case(
         "harmony",

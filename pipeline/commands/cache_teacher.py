@@ -300,7 +300,7 @@ def report_corpus(report: CorpusReport) -> None:
         (report.split, "rows longer than --max-length split into several sequences"),
         (
             report.turns_without_end,
-            "assistant turns end in no token that stops the teacher: students do not learn to stop",
+            "assistant turns end in no token that stops the teacher, so students do not learn to stop",
         ),
         (report.open_thoughts, "assistant turns answer inside the <think> that the generation prompt opens"),
     ]:
