@@ -1,6 +1,6 @@
-"""Write docs/cli.md from the commands and docs/format.md from the schema.
+"""Write docs/cli.md from the commands, docs/format.md from the schema, docs/chat-templates.md from rendered chats.
 
-`python docs/generate.py` writes both; with `--check` it writes nothing, names the stale files and exits 1.
+`python docs/generate.py` writes them; with `--check` it writes nothing, names the stale files and exits 1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from docs.chat_templates import chat_templates_markdown
 from pipeline.cli import COMMANDS, PROGRAM, main
 
 DOCS = Path(__file__).resolve().parent
@@ -188,11 +189,15 @@ def _fields(model: type[BaseModel], prefix: str = "") -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated file and what it should hold."""
-    return {DOCS / "cli.md": cli_markdown(), DOCS / "format.md": format_markdown()}
+    return {
+        DOCS / "cli.md": cli_markdown(),
+        DOCS / "format.md": format_markdown(),
+        DOCS / "chat-templates.md": chat_templates_markdown(),
+    }
 
 
 def run(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write docs/cli.md and docs/format.md from the code.")
+    parser = argparse.ArgumentParser(description="Write the generated pages of docs/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
     check = parser.parse_args(arguments).check
     stale = False
