@@ -74,7 +74,7 @@ student of them does not learn to stop.
 | content as text parts | joined where the template wants text; text is wrapped where the template wants parts |
 | images, audio and other parts | refused by row |
 | `arguments` as JSON text | parsed where the template wants an object; left as text where it wants text |
-| `reasoning_content`, `reasoning`, `thinking` | the field that the template reads; before the answer where the prompt opens a thought |
+| `reasoning_content`, `reasoning`, `thinking` | the field that the template reads, else before the answer |
 | `weight`, `train`, `trainable`, `training`, `loss` of a message: 0 or false | the message has no loss |
 | a conversational `prompt` and `completion` (lists of messages) | loss on the completion's assistant messages |
 | columns `tools` (a list, or JSON text) and `system` | given to the template |
