@@ -12,12 +12,11 @@ that is not in its rendered turn is refused by row: nothing that a chat says is 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from stages.chat_template import (
 )
 from stages.encode import check_text, encode_spans
 from stages.messages import REASONING_FIELDS, Chat, Message, content_text, tool_names
+from stages.said import is_in, not_rendered, said, squeezed
 from storage.errors import UserError
 
 _THINK_TAGS = re.compile(r"</?think>")
@@ -57,6 +57,16 @@ class Rendered:
     spans: list[Span]
     without_end: int = 0
     open_thoughts: int = 0
+
+
+class _Turn(NamedTuple):
+    """Characters of an assistant turn: where it begins, where its text ends, and where the first token ends that stops
+    the teacher; None without one.
+    """
+
+    begin: int
+    limit: int
+    stop: int | None
 
 
 class ChatRenderer:
@@ -150,23 +160,22 @@ class ChatRenderer:
             text, last_begin = self._last_turn(messages, tools, whole, habits)
         spans: list[Span] = []
         without_end = open_thoughts = 0
-        for turn in wanted:
-            if turn != last:
-                begin, end = self._earlier_turn(messages, turn, tools, text, habits)
+        for number in wanted:
+            if number != last:
+                turn = self._earlier_turn(messages, number, tools, text, habits)
             else:
-                begin, end = last_begin, self._stop(text, last_begin, len(text), habits)
-                if end is None:
-                    closing = self._closing(messages, tools, whole)
+                turn = _Turn(last_begin, len(text), self._stop(text, last_begin, len(text), habits))
+                if turn.stop is None and (closing := self._closing(messages, tools, whole)):
                     text += closing
-                    end = len(text) if closing else None
-            if end is None:
-                end = self._plain_end(text, len(text) if turn == last else self._after(messages, turn, tools))
-                without_end += not text[begin:end].endswith(tuple(self._template.special_tokens))
-            spoken = text[begin:end]
-            self._check_said(messages[turn], spoken, f"message {turn + 1} in {where}")
-            open_thoughts += opens_thought(text[:begin]) and CLOSE_THINK not in spoken
-            if end > begin:
-                spans.append((begin, end))
+                    turn = _Turn(last_begin, len(text), len(text))
+            end = self._plain_end(text, turn.limit) if turn.stop is None else turn.stop
+            if turn.stop is None:
+                without_end += not text[turn.begin : end].endswith(tuple(self._template.special_tokens))
+            spoken = text[turn.begin : max(turn.limit, end)]
+            self._check_said(messages[number], spoken, f"message {number + 1} in {where}")
+            open_thoughts += opens_thought(text[: turn.begin]) and CLOSE_THINK not in spoken
+            if end > turn.begin:
+                spans.append((turn.begin, end))
         check_text(text, where)
         # Text that the prompt alone has replaces that of the whole chat, so the prompt has to hold the messages.
         self._check_context(messages, wanted, text, tools, where, by_prompt=not text.startswith(whole))
@@ -199,22 +208,18 @@ class ChatRenderer:
             raise _Undecided("it has no generation prompt")
         return before
 
-    def _after(self, messages: list[Message], turn: int, tools: Tools) -> int:
-        return len(self._template.render(messages[: turn + 1], tools))
-
-    def _earlier_turn(
-        self, messages: list[Message], turn: int, tools: Tools, text: str, habits: Habits
-    ) -> tuple[int, int | None]:
-        """Return where a turn that messages follow begins, and where its loss ends; None without a stop token."""
+    def _earlier_turn(self, messages: list[Message], turn: int, tools: Tools, text: str, habits: Habits) -> _Turn:
+        """Return a turn that messages follow. Raises _Undecided where they change how it is rendered."""
         before = self._before(messages, turn, tools, text, habits)
         try:
             after = self._template.render(messages[: turn + 1], tools)
         except Exception as error:  # a template may raise anything
             raise _Undecided(f"it refuses the messages up to message {turn + 1}") from error
         if text.startswith(before):
-            end = self._stop(text, len(before), common_length(after, text), habits)
-            if end is not None or text.startswith(after):
-                return len(before), end
+            limit = common_length(after, text)
+            stop = self._stop(text, len(before), limit, habits)
+            if stop is not None or text.startswith(after):
+                return _Turn(len(before), limit, stop)
         raise _Undecided(f"message {turn + 1} is rendered differently once messages follow it")
 
     def _last_turn(self, messages: list[Message], tools: Tools, whole: str, habits: Habits) -> tuple[str, int]:
@@ -301,7 +306,7 @@ class ChatRenderer:
             stop = self._stop(text, begin, end, habits)
             stopped += stop is not None
             spans.append((begin, end if stop is None else stop))
-        spoken = "".join(text[begin:end] for begin, end in spans)
+        spoken = "".join(text[begin:end] for begin, end in marks)
         for turn in wanted:
             self._check_said(messages[turn], spoken, f"message {turn + 1} in {where}")
         self._check_context(messages, wanted, text, tools, where)
@@ -328,14 +333,14 @@ class ChatRenderer:
 
     def _check_said(self, message: Message, spoken: str, place: str) -> None:
         """Raise UserError unless all that a trained message says is in its rendered turn."""
-        squeezed = _squeezed(spoken)
-        for what, piece in _said(message):
-            if not _is_in(piece, squeezed):
-                raise _not_rendered(what, place)
+        text_there = squeezed(spoken)
+        for what, piece in said(message):
+            if not is_in(piece, text_there):
+                raise not_rendered(what, place)
         names = [call["function"]["name"] for call in message.get("tool_calls") or []]
         for name in names:
             if spoken.count(name) < names.count(name):
-                raise _not_rendered(f"every tool call {name!r}", place)
+                raise not_rendered(f"every tool call {name!r}", place)
 
     def _check_context(
         self,
@@ -352,23 +357,23 @@ class ChatRenderer:
         A short content may stand in the text by chance, so the same chat with other contents is rendered as well, once
         for all chats of its shape.
         """
-        squeezed = _squeezed(text)
+        text_there = squeezed(text)
         vanished = self._vanished_messages(messages, tools, by_prompt)
         for number, message in enumerate(messages):
             if number in wanted:
                 continue
             place = f"message {number + 1} in {where}"
             if number in vanished:
-                raise _not_rendered("the content", place)
+                raise not_rendered("the content", place)
             content = content_text(message.get("content")).rpartition(CLOSE_THINK)[2]
             context = {**message, "content": content}
-            for what, piece in _said({k: v for k, v in context.items() if k not in REASONING_FIELDS}):
+            for what, piece in said({k: v for k, v in context.items() if k not in REASONING_FIELDS}):
                 obeyed = self._template.without_directives(piece, tools)
-                if not _is_in(piece, squeezed) and not _is_in(obeyed, squeezed):
-                    raise _not_rendered(what, place)
+                if not is_in(piece, text_there) and not is_in(obeyed, text_there):
+                    raise not_rendered(what, place)
         for name in tool_names(tools or []):
             if name not in text:
-                raise _not_rendered(f"the tool {name!r}", where)
+                raise not_rendered(f"the tool {name!r}", where)
 
     def _vanished_messages(self, messages: list[Message], tools: Tools, by_prompt: bool) -> frozenset[int]:
         """Return the numbers of the messages whose content the template leaves out in chats of this shape."""
@@ -399,7 +404,7 @@ def _with_thought(content: str, before: str, rest: str) -> str:
     if CLOSE_THINK not in content or closes_thought(before):
         return rest
     thought, _, answer = content.rpartition(CLOSE_THINK)
-    if _squeezed(thought.replace(THINK, "")) in _squeezed(rest):
+    if squeezed(thought.replace(THINK, "")) in squeezed(rest):
         return rest
     if opens_thought(before) and thought.startswith(THINK):
         # The prompt has the white space behind the opening tag too.
@@ -408,49 +413,8 @@ def _with_thought(content: str, before: str, rest: str) -> str:
     return thought + CLOSE_THINK + gap + rest.lstrip().removeprefix(CLOSE_THINK).lstrip()
 
 
-def _said(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield what a message says, piece by piece, and the name of each piece for errors."""
-    for piece in _THINK_TAGS.split(content_text(message.get("content"))):
-        yield "the content", piece
-    for name in REASONING_FIELDS:
-        yield "the reasoning", message.get(name) or ""
-    for call in message.get("tool_calls") or []:
-        function = call["function"]
-        yield f"the tool call {function['name']!r}", function["name"]
-        for text in _texts_in(function["arguments"]):
-            yield f"an argument of the tool call {function['name']!r}", text
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(inner)
-
-
-def _squeezed(text: str) -> str:
-    """Return the text without white space, which templates trim and add."""
-    return "".join(text.split())
-
-
-def _is_in(piece: str, squeezed: str) -> bool:
-    """Return True where the text holds the piece, as it is or as JSON writes it."""
-    plain = _squeezed(piece)
-    if plain in squeezed:
-        return True
-    written: Iterable[str] = (json.dumps(piece.strip(), ensure_ascii=ascii)[1:-1] for ascii in (False, True))
-    return any(_squeezed(form) in squeezed for form in written)
-
-
 def _like(content: Any, text: str) -> Any:
     return [{"type": "text", "text": text}] if isinstance(content, list) else text
-
-
-def _not_rendered(what: str, place: str) -> UserError:
-    return UserError(
-        f"The chat template does not render {what} of {place}; use a chat template that does, or remove the row."
-    )
 
 
 def _refused(where: str, error: Exception) -> UserError:
