@@ -204,6 +204,7 @@ class ChatRenderer:
         # Without a generation prompt all is well only if the turn starts with its content, not with a header.
         content = content_text(messages[turn].get("content")).strip()
         headed = whole.startswith(before) and not whole[len(before) :].lstrip().startswith(content)
+        headed = headed and not messages[turn].get("tool_calls")  # a template may show the call alone
         if before == bare and (habits.lead.strip() or headed):
             raise _Undecided("it has no generation prompt")
         return before
@@ -409,8 +410,10 @@ def _with_thought(content: str, before: str, rest: str) -> str:
     if opens_thought(before) and thought.startswith(THINK):
         # The prompt has the white space behind the opening tag too.
         thought = thought.removeprefix(THINK).removeprefix(before[len(before.rstrip()) :])
-    gap = answer[: len(answer) - len(answer.lstrip())]
-    return thought + CLOSE_THINK + gap + rest.lstrip().removeprefix(CLOSE_THINK).lstrip()
+    rest = rest.lstrip().removeprefix(CLOSE_THINK) if CLOSE_THINK in rest else rest
+    if answer.strip():
+        rest = answer[: len(answer) - len(answer.lstrip())] + rest.lstrip()
+    return thought + CLOSE_THINK + rest
 
 
 def _like(content: Any, text: str) -> Any:
