@@ -25,6 +25,7 @@ from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
 from stages.corpus import Sequence as TokenSequence
 from stages.engines import Choice, EngineOptions, choose, engine_of, load
 from stages.identity import teacher_identity, tokenizer_identity
+from stages.local_files import check_apart
 from stages.pretrained import load_config, load_end_ids, load_tokenizer
 from stages.sketch_calibration import calibration_id, calibration_sequences, from_file, to_file
 from stages.sketch_identity import claimed, residual_samples_of, sketch_there, wanted_sketch
@@ -239,6 +240,7 @@ def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
 def prepare(options: CacheOptions) -> PreparedCache:
     """Tokenise and plan. Raises UserError or CacheError for whatever cannot be done, with nothing written."""
     Cache.check_target(options.output)
+    check_apart(options.dataset, options.output)
     files = read_teacher(options)
     sketch = files.sketch
     options = replace(options, sketch_rank=sketch.rank if sketch else None)
@@ -343,10 +345,12 @@ def try_sketch(prepared: PreparedCache) -> tuple[float, float | None]:
 def _source(options: CacheOptions) -> dict[str, Any]:
     """What the manifest says of the data, which informs and is no part of the identity."""
     # A path says more about the machine than about the data; its last part is enough to recognise it.
-    local = os.path.exists(options.dataset)
+    local = os.path.exists(os.path.expanduser(options.dataset))
+    # A name that is not UTF-8 cannot be written as it is.
+    name = os.fsencode(Path(options.dataset).name).decode(errors="replace")
     said = {
-        "dataset": Path(options.dataset).name if local else options.dataset,
-        "split": None if local else options.split or "train",
+        "dataset": name if local else options.dataset,
+        "split": options.split if local else options.split or "train",
         "limit": options.limit,
         "license": options.license,
         "citation": options.citation,

@@ -95,11 +95,13 @@ def has_special_text(pattern: re.Pattern[str] | None, value: Any) -> bool:
     """Return True where `pattern` finds something in `value`: a text, or messages with texts at any depth."""
     if pattern is None:
         return False
-    if isinstance(value, str):
-        return pattern.search(value) is not None
-    if isinstance(value, dict):
-        return any(has_special_text(pattern, inner) for inner in value.values())
-    return isinstance(value, (list, tuple)) and any(has_special_text(pattern, inner) for inner in value)
+    left = [value]
+    while left:  # not a recursion: a row may be nested deeply
+        value = left.pop()
+        if isinstance(value, str) and pattern.search(value):
+            return True
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return False
 
 
 # ---- the special tokens that a tokenizer adds -------------------------------------------------------------
@@ -240,7 +242,7 @@ def _joined(
     """
     low, high = between
     zone = text[low:high]
-    if any(zone[period:] == zone[:-period] for period in range(1, _LONGEST_PERIOD + 1)):
+    if any(zone[period:] == zone[:-period] for period in range(1, min(_LONGEST_PERIOD, len(zone) // 2) + 1)):
         return None
     ours = np.flatnonzero((left.starts >= low) & (left.ends <= high))
     theirs = np.flatnonzero((right.starts >= low) & (right.ends <= high))
@@ -296,7 +298,8 @@ def _slow(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]],
 
 def _slow_ids(tokenizer: Any, text: str, limit: int | None) -> tuple[str, list[int], bool]:
     """The ids of the text; of a long one as many characters as the first `limit` ids need, and those."""
-    size, known = _STRETCH, []
+    size = _STRETCH
+    known: list[int] = []
     while limit is not None and size < len(text):
         ids = _plain_ids(tokenizer, text[:size])
         # Ids that twice as much text leaves as they were are those of the whole.

@@ -19,6 +19,7 @@ from stages import caching
 from stages.caching import CacheOptions, PreparedCache
 from stages.corpus import CorpusReport
 from stages.corpus import Sequence as TokenSequence
+from stages.local_files import check_apart
 from stages.sketch_calibration import from_file
 from stages.summary import summarize
 from storage import schema
@@ -213,6 +214,7 @@ def plan(
     """
     if options.output:
         Cache.check_target(options.output)
+        check_apart(options.dataset, options.output)
     statistics = options.statistics()
     measured: Probe | None = None
     if probe is None:

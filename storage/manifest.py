@@ -192,8 +192,19 @@ class Manifest(_Model):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: Manifest) -> list[str]:
-        """What differs from `other`, as `name: ours, not theirs`; empty when they are the same cache."""
-        return _differences("", self.identity, other.identity)
+        """What differs from `other`, as `name: ours, not theirs`; empty when they are the same cache.
+
+        Another corpus is said in words, and the plan of shards, which follows from it, is then not named.
+        """
+        found = _differences("", self.identity, other.identity)
+        if self.corpus == other.corpus:
+            return found
+        ours, theirs = self.corpus, other.corpus
+        counts = f"{ours.sequences} sequences of {ours.tokens} tokens, not {theirs.sequences} of {theirs.tokens}"
+        if (ours.sequences, ours.tokens) == (theirs.sequences, theirs.tokens):
+            counts = f"{ours.sequences} sequences of {ours.tokens} tokens as before, but not the same ones"
+        changed = f"the corpus changed, by its rows, the tokenizer or an option that makes sequences of rows: {counts}"
+        return [changed, *(line for line in found if not line.startswith(("corpus.", "shards:")))]
 
 
 class Receipt(_Model):

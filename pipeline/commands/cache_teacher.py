@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.config_file import config_option, key_value_option
-from pipeline.progress import Progress
+from pipeline.progress import Progress, printable
 from pipeline.reports import show_cache
 from pipeline.shared_options import engine_options
 
@@ -26,8 +26,8 @@ _TURNS = ("all", "last", "each")
     "--dataset",
     required=True,
     metavar="SOURCE",
-    help="A .jsonl, .jsonl.zst, .json, .parquet or .txt file, a folder of those, or a dataset on the hub "
-    "(name or name:config). Rows are text, prompt + completion, chat messages, or input_ids.",
+    help="A .jsonl, .ndjson, .json, .csv, .tsv, .txt (also .gz, .zst) or .parquet file, a folder of those, or a "
+    "dataset on the hub (name or name:config). Rows are text, prompt + completion, chat messages, or input_ids.",
 )
 @click.option(
     "--output",
@@ -139,7 +139,12 @@ _TURNS = ("all", "last", "each")
     type=click.Choice(["cut", "split"]),
     help="What becomes of longer rows: only their start is kept, or they become several sequences.",
 )
-@click.option("--split", metavar="NAME", show_default="train", help="Split of a hub dataset.")
+@click.option(
+    "--split",
+    metavar="NAME",
+    show_default="train",
+    help="Split of a hub dataset, or of a folder whose files or folders are named after splits.",
+)
 @click.option(
     "--limit", type=click.IntRange(1), show_default="all", help="Use only the first rows of the dataset, this many."
 )
@@ -303,8 +308,11 @@ def report_corpus(report: CorpusReport) -> None:
             "assistant turns end in no token that stops the teacher, so students do not learn to stop",
         ),
         (report.open_thoughts, "assistant turns answer inside the <think> that the generation prompt opens"),
+        (report.special_text, "rows contain text that the tokenizer reads as special tokens"),
     ]:
         if count:
             click.echo(f"corpus: {count} {what}", err=True)
     if report.unread_columns:
-        click.echo(f"corpus: columns that are not read: {', '.join(report.unread_columns)}", err=True)
+        click.echo(f"corpus: columns that are not read: {printable(', '.join(report.unread_columns))}", err=True)
+    for note in report.notes:
+        click.echo(f"corpus: {printable(note)}", err=True)

@@ -52,7 +52,7 @@ from pipeline.progress import Progress, summary
 )
 @click.option("--prompt-column", metavar="NAME", show_default="prompt", help="Column of prompts.")
 @click.option("--messages-column", metavar="NAME", show_default="messages", help="Column of chat messages.")
-@click.option("--split", metavar="NAME", show_default="train", help="Split of a hub dataset.")
+@click.option("--split", metavar="NAME", show_default="train", help="Split of a hub dataset or of a folder.")
 @click.option("--limit", type=click.IntRange(1), show_default="all", help="Use only the first rows, this many.")
 @click.option(
     "--dtype",

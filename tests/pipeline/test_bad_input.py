@@ -202,7 +202,7 @@ def test_longer_than_the_teacher_reads(caching: Callable[..., Finished]) -> None
         ({"top_n": 4}, "scoring.top_n: 8, not 4"),
         ({"seed": 1}, "scoring.seed: 0, not 1"),
         ({"shard_tokens": 700}, "--shard-tokens"),
-        ({"limit": 5}, "corpus.fingerprint"),
+        ({"limit": 5}, "the corpus changed, by its rows, the tokenizer or"),
         ({"max_length": 64}, "scoring.max_length: 128, not 64"),
         ({"logprob_bits": 32}, "scoring.logprob_bits: 16, not 32"),
         ({"dtype": "bfloat16"}, 'scoring.dtype: "float32", not "bfloat16"'),

@@ -446,7 +446,7 @@ def test_read_any_range(tokenizer, write, overlong):
     assert report.tokens == corpus.lengths.sum()
     if overlong == "cut":
         assert report.rows == report.empty + report.too_short + report.without_loss + report.sequences
-    counts = [value for name, value in asdict(report).items() if name != "unread_columns"]
+    counts = [value for name, value in asdict(report).items() if name not in ("unread_columns", "notes")]
     assert all(type(value) is int for value in counts)
 
 
@@ -505,9 +505,13 @@ def test_an_error_in_another_process_is_the_same_sentence(tokenizer, write):
 
 
 def test_a_process_that_dies_is_a_run_error(write):
+    here = os.getpid()
+
     class Deadly(PreTrainedTokenizerFast):
         def __call__(self, *args, **kwargs):
-            os._exit(9)
+            if os.getpid() != here:
+                os._exit(9)
+            return super().__call__(*args, **kwargs)
 
     deadly = Deadly(tokenizer_object=make_tokenizer().backend_tokenizer)
     with pytest.raises(RunError, match="died, most likely for want of memory"):

@@ -2,11 +2,14 @@
 
 import datetime
 import gc
+import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -15,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from stages import sources
+from stages import counting, sources, text_files
 from stages.sources import decode_columns, load_rows
 from storage.errors import RunError, UserError
 
@@ -163,6 +166,164 @@ def test_rows_are_memory_mapped_and_their_scratch_goes_away(tmp_path):
     assert not os.path.exists(folder)
 
 
+def test_tables_are_text_as_it_stands(tmp_path):
+    (tmp_path / "a.csv").write_bytes(
+        b"\xef\xbb\xbfprompt,completion,n\r\nbond,007,\r\n"
+        b'"two\nlines, ""quoted""",1e5,NA\r\n\r\n t\xc3\xba ,true,null\r\n'
+    )
+    rows = load_rows(str(tmp_path / "a.csv"))
+    assert [rows[i] for i in range(3)] == [
+        {"prompt": "bond", "completion": "007", "n": ""},
+        {"prompt": 'two\nlines, "quoted"', "completion": "1e5", "n": "NA"},
+        {"prompt": " tú ", "completion": "true", "n": "null"},
+    ]
+    (tmp_path / "b.tsv").write_text('text\tn\na, "b" c\t01\n')
+    assert load_rows(str(tmp_path / "b.tsv"))[0] == {"text": 'a, "b" c', "n": "01"}
+    (tmp_path / "big.csv").write_text("text\n" + "word " * 40000 + "\n")
+    assert len(load_rows(str(tmp_path / "big.csv"))[0]["text"]) == 200000
+    (tmp_path / "c.csv").write_text("text,x,x\na,1,2\n")
+    rows = load_rows(str(tmp_path / "c.csv"))
+    rows.read(["text"])
+    with pytest.raises(UserError, match=r"c\.csv has more than one column 'x'; rename or remove all but one"):
+        rows.read(["x"])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a,b\n1,2\n3\n", "line 3 has 1 values where the first line names 2"),
+        ('text\n"open\n', "line 2 is not a valid row (unexpected end of data)"),
+        ("text\rone\rtwo\r", "line 1 is not a valid row"),
+    ],
+)
+def test_broken_tables_name_the_line(tmp_path, content, says):
+    (tmp_path / "a.csv").write_text(content)
+    assert says in refusal(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_every_kind_of_text_may_be_compressed(tmp_path, packed):
+    pack = gzip.compress if packed == ".gz" else zstandard.compress
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    contents = {".jsonl": lines, ".ndjson": lines, ".json": b'[{"text": "one"}, {"text": "two"}]'}
+    contents |= {".csv": b"text\none\ntwo\n", ".tsv": b"text\none\ntwo\n"}
+    for ending, content in contents.items():
+        path = tmp_path / f"a{ending}{packed}"
+        path.write_bytes(pack(content[:9]) + pack(content[9:]))
+        assert texts(load_rows(str(path))) == ["one", "two"]
+    (tmp_path / f"a.txt{packed}").write_bytes(pack(b"one\ntwo\n"))
+    assert texts(load_rows(str(tmp_path / f"a.txt{packed}"))) == ["one\ntwo\n"]
+    path = tmp_path / f"cut.json{packed}"
+    path.write_bytes(pack(random.Random(0).randbytes(1000))[:-30])
+    assert "breaks off: its compressed data is cut short; copy" in refusal(str(path))
+    path.write_bytes(lines)
+    assert "its compressed data is damaged" in refusal(str(path))
+
+
+def test_zeros_at_the_end_of_gzip_are_padding(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}') + bytes(600))
+    assert texts(load_rows(str(tmp_path / "a.jsonl.gz"))) == ["a"]
+
+
+# ---- Parquet: only the columns that are asked for matter ----
+
+
+def odd_columns() -> dict:
+    return {
+        "map": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "view": pa.array([[1, 2]], pa.list_view(pa.int32())),
+        "large_view": pa.array([[1, 2]], pa.large_list_view(pa.int32())),
+        "uuid": pa.array([b"0" * 16], pa.uuid()),
+        "seconds": pa.array([3], pa.duration("s")),
+        "bytes": pa.array([b"\xff"]),
+        "text.a": pa.array(["no"]),
+    }
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_unused_columns_of_parquet_do_not_matter(tmp_path, mixed):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    odd = odd_columns()
+    bad = pa.StringArray.from_buffers(1, pa.py_buffer(bytes(4) + b"\1\0\0\0"), pa.py_buffer(b"\xff"))
+    arrays = [pa.array(["one"]), pa.array([1]), pa.array([2]), bad, *odd.values()]
+    pq.write_table(pa.Table.from_arrays(arrays, ["text", "x", "x", "bad", *odd]), folder / "a.parquet")
+    write_parquet(folder / "b.parquet", {"map": ["text now"], "text": ["two"], "more": [{"k": [1]}]})
+    if mixed:
+        write_lines(folder / "c.jsonl", [{"text": "three"}])
+    rows = load_rows(str(folder))
+    rows.require(["text"])
+    rows.read(["text"])
+    assert decode_columns(rows.dataset[0:2], ["text"], rows.encoded) == [["one", "two"]]
+    with pytest.raises(UserError, match=r"a\.parquet has more than one column 'x'"):
+        rows.read(["x"])
+    if not mixed:
+        with pytest.raises(UserError, match=r"Column 'bad' of .*a\.parquet is damaged: Invalid UTF8"):
+            rows.read(["bad"])
+
+
+def test_odd_columns_of_parquet_can_be_used(tmp_path):
+    pq.write_table(pa.table(odd_columns()), tmp_path / "a.parquet")
+    rows = load_rows(str(tmp_path / "a.parquet"))
+    for column, value in (("map", {"a": 1}), ("view", [1, 2]), ("large_view", [1, 2]), ("text.a", "no")):
+        rows.read([column])
+        assert decode_columns(rows.dataset[0:1], [column], rows.encoded) == [[value]]
+
+
+def test_parquet_limit_and_files_without_a_column(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"text": ["a1", "a2"], "n": [1, 2]})
+    write_parquet(tmp_path / "b.parquet", {"text": ["b1", "b2"]})
+    rows = load_rows(str(tmp_path), limit=3)
+    rows.read(["text", "n"])
+    assert decode_columns(rows.dataset[0:3], ["text", "n"], rows.encoded) == [["a1", "a2", "b1"], [1, 2, None]]
+    assert len(rows) == 3 and rows.origin.where(2) == f"row 1 of {tmp_path}/b.parquet"
+
+
+# ---- nulls that only a type put in ----
+
+CALLS = [
+    {"role": "assistant", "content": None, "calls": [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g"}]},
+    {"role": "user", "content": "hi", "calls": [{"name": "f", "arguments": {"unit": "C", "city": None}}]},
+]
+# Without what the type of the column made of it.
+CLEAN = [
+    {"role": "assistant", "calls": [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g"}]},
+    {"role": "user", "content": "hi", "calls": [{"name": "f", "arguments": {"unit": "C"}}]},
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "mixed"])
+def test_nulls_of_a_nested_type_are_removed(tmp_path, kind):
+    table = [{"messages": CALLS, "note": None, "plain": "x"}]
+    folder = tmp_path / "data"
+    if kind == "saved":
+        datasets.Dataset.from_list(table).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        pq.write_table(pa.Table.from_pylist(table), folder / "a.parquet")
+    if kind == "mixed":
+        write_lines(folder / "b.jsonl", [{"messages": []}])
+    rows = load_rows(str(folder))
+    columns = ["messages", "note"]
+    rows.read(columns)
+    found = decode_columns(rows.dataset[0:1], columns, rows.encoded, rows.features)
+    assert found == [[CLEAN], [None]]  # a row's own null stays
+    assert load_rows(str(folder))[0] == {"messages": CLEAN, "note": None, "plain": "x"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "saved", "parquet"])
+def test_nulls_that_the_data_has_itself_stay(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_lines(path, [{"messages": CALLS}])
+    else:
+        features = datasets.Features({"messages": datasets.List(datasets.Json())})
+        made = datasets.Dataset.from_dict({"messages": [CALLS]}, features=features)
+        made.save_to_disk(path) if kind == "saved" else made.to_parquet(path)
+    rows = load_rows(str(path))
+    assert decode_columns(rows.dataset[0:1], ["messages"], rows.encoded, rows.features) == [[CALLS]]
+
+
 # ---- caches ----
 
 
@@ -194,7 +355,7 @@ def test_no_scratch_at_all_and_a_full_disk(tmp_path, monkeypatch):
 
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_write_json", full)
+        patch.setattr(sources, "_rows_of", full)
         with pytest.raises(RunError, match=r"disk under .* is full"):
             load_rows(str(path))
     with monkeypatch.context() as patch:
@@ -206,7 +367,9 @@ def test_no_scratch_at_all_and_a_full_disk(tmp_path, monkeypatch):
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing.jsonl", "no thing", "~nobody/x"])
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/nothing/at/all", "a/b/c", "nothing.jsonl", "no thing", "~no-such-user/x"]
+)
 def test_missing_path(name):
     assert refusal(name) == f"There is no file or folder {name}; check the path."
 
@@ -318,9 +481,9 @@ def test_unknown_split_limit_ending_and_folder(tmp_path):
     assert refusal(str(path), split="test").startswith(f"{path} has no split 'test'; choose one of: train")
     assert len(load_rows(str(path), split="train")) == 1
     assert "limit is 0" in refusal(str(path), limit=0)
-    (tmp_path / "b.csv").write_text("text\na")
-    assert f"{tmp_path}/b.csv has an ending that is not supported" in refusal(str(tmp_path / "b.csv"))
-    assert f"{tmp_path}/b.csv has an ending that is not supported" in refusal(str(tmp_path))
+    (tmp_path / "b.xls").write_text("text\na")
+    assert f"{tmp_path}/b.xls has an ending that is not supported" in refusal(str(tmp_path / "b.xls"))
+    assert f"{tmp_path}/b.xls has an ending that is not supported" in refusal(str(tmp_path))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "README.md").write_text("")
     assert "has no data files" in refusal(str(tmp_path / "empty"))
@@ -331,9 +494,49 @@ def test_parquet_that_is_broken_or_disagrees(tmp_path):
     assert f"{tmp_path}/a.parquet is not a readable Parquet file" in refusal(str(tmp_path))
     write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
     write_parquet(tmp_path / "b.parquet", {"words": ["a"]})
-    assert f"{tmp_path}/b.parquet has the columns words" in refusal(str(tmp_path))
+    with pytest.raises(UserError, match=r"b\.parquet has no column 'text', which other files of .* have"):
+        load_rows(str(tmp_path)).require(["text"])
     write_parquet(tmp_path / "b.parquet", {"text": [["a"]]})
-    assert f"The columns of {tmp_path}/b.parquet do not fit" in refusal(str(tmp_path))
+    assert texts(load_rows(str(tmp_path))) == ["a", ["a"]]  # whoever wants text refuses the second, by its row
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    table = write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
+    table.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet"))
+    assert texts(load_rows(str(tmp_path))) == ["a"]
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w") as file:
+        file.write('{"text": "b"}\nbroken')
+    assert "caf\udce9.jsonl, line 2" in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "name of the data set is empty"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("dangling", "dangling is a link to nowhere, which is not there"),
+        ("/dev/null", "/dev/null is a pipe or device, not a file"),
+    ],
+)
+def test_paths_that_cannot_be_read(tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert says in refusal(name)
+
+
+def test_text_of_another_encoding_is_named(tmp_path):
+    for name in ("a.jsonl", "a.csv", "a.txt"):
+        (tmp_path / name).write_bytes('text\n{"text": "a"}\n'.encode("utf-16"))
+        assert "is UTF-16 or UTF-32 text; convert the file to UTF-8." in refusal(str(tmp_path / name))
+
+
+def test_long_reading_says_how_far_it_is_when_piped(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(counting, "INTERVAL", 0.02)
+    parse = text_files._parsed
+    monkeypatch.setattr(text_files, "_parsed", lambda *given: time.sleep(0.01) or parse(*given))
+    load_rows(str(write_lines(tmp_path / "a.jsonl", [{"text": "a" * 300_000}] * 10)))
+    lines = capfd.readouterr().err.splitlines()
+    assert lines and all(re.fullmatch(r"reading: \d of 3 MB \(\d+%\), \d s", line) for line in lines), lines
 
 
 def test_nothing_is_printed_when_piped(tmp_path, capfd):

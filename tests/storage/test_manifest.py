@@ -60,7 +60,7 @@ def changed(**parts: Any) -> Manifest:
         ({"teacher__name": "somebody"}, 'teacher.name: "nobody", not "somebody"'),
         ({"teacher__weights": "f" * 64}, "teacher.weights: null, not "),
         ({"tokenizer__behaviour_sha256": "9" * 64}, "tokenizer.behaviour_sha256: "),
-        ({"corpus__fingerprint": "9" * 64}, "corpus.fingerprint: "),
+        ({"corpus__fingerprint": "9" * 64}, "the corpus changed, by its rows"),
         ({"vocabulary_size": 301}, "vocabulary_size: 300, not 301"),
     ],
 )
