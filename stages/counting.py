@@ -20,6 +20,9 @@ def counting(doing: str, total: int | None, unit: str) -> Iterator[Callable[[int
     `unit`: `B` for bytes, else the plural of a noun. Lines go to stderr, from a thread, so they also come while one
     step takes long. Start processes before it rather than inside it.
     """
+    if sys.stderr.isatty() and total is None:
+        yield lambda count: None  # whoever works without a total shows bars of its own
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -49,6 +52,8 @@ def counting(doing: str, total: int | None, unit: str) -> Iterator[Callable[[int
 
 def _line(doing: str, done: int, total: int | None, unit: str, seconds: float) -> str:
     """`tokenising: 1,200 of 5,000 rows (24%), 30 s`."""
+    if total is None and not done:
+        return f"{doing}: {seconds:.0f} s"
     scale, unit = (1e6, "MB") if unit == "B" else (1.0, unit)
     counts = f"{done / scale:,.0f}"
     if total is not None:
