@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from stages.caching import rows_from_scored
 from stages.corpus import Sequence
+from stages.scored_rows import rows_from_scored
 from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
 from stages.teacher import ScoredSequence
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, TeacherIdentity, TokenizerIdentity

@@ -619,8 +619,8 @@ def measure_bytes(bench: Bench, name: str) -> None:
 
 def bytes_per_token(bench: Bench, setting: Setting) -> float:
     """Of a shard of 96 sequences, written as `cache-teacher` writes it. Only ids are stored of `rskd`."""
-    from stages.caching import rows_from_scored
     from stages.corpus import Sequence
+    from stages.scored_rows import rows_from_scored
     from stages.teacher import ScoredSequence
     from storage.manifest import ScoringOptions, SketchIdentity
     from storage.shard import split_leaves, write_table

@@ -152,7 +152,7 @@ Job = Callable[[list[Any]], None]
 
 def teacher_job(make: Callable[[], Any], arguments: argparse.Namespace) -> Job:
     """Score as `cache-teacher` does and write the shard."""
-    from stages.caching import rows_from_scored
+    from stages.scored_rows import rows_from_scored
 
     teacher = make()
     sketched = False
@@ -301,7 +301,7 @@ def logprobs_job(arguments: argparse.Namespace, flat: bool) -> Job:
     """What scripts do: `prompt_logprobs`, and a loop over its dictionaries unless they are asked for flat."""
     from vllm import SamplingParams
 
-    from stages.caching import rows_from_scored
+    from stages.scored_rows import rows_from_scored
     from stages.statistics import StatisticsOptions
     from stages.vllm_prompt_logprobs import scored_from_flat
 

@@ -33,11 +33,11 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.fidelity import Bench, Loss, Setting, angle, describe_teacher, gradient
-from stages.caching import rows_from_scored
 from stages.causal_lm import BodyAndHead
 from stages.corpus import Sequence
 from stages.divergence import TeacherRows
 from stages.objective import Objective
+from stages.scored_rows import rows_from_scored
 from stages.shard_dataset import COLUMNS, Collator, DecodedShard, StoredSequence, as_tensors, teacher_rows
 from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
 from stages.tail import Tail, log_prior

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from stages.caching import DEFAULT_SHARD_TOKENS, resolve_dtype, rows_from_scored
+from stages.caching import DEFAULT_SHARD_TOKENS, resolve_dtype
 from stages.corpus import Sequence
 from stages.differences import MEASURES, Comparison, Differences, apart
 from stages.engines import Choice, EngineOptions, choose, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
+from stages.scored_rows import rows_from_scored
 from stages.sketch_calibration import from_file
 from stages.statistics import StatisticsOptions
 from stages.teacher import Teacher

@@ -27,18 +27,17 @@ from stages.engines import Choice, EngineOptions, choose, engine_of, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.local_files import check_apart
 from stages.pretrained import load_config, load_end_ids, load_tokenizer
+from stages.scored_rows import refuse_impossible, rows_from_scored
 from stages.sketch_calibration import calibration_id, calibration_sequences, from_file, to_file
 from stages.sketch_identity import claimed, residual_samples_of, sketch_there, wanted_sketch
 from stages.statistics import StatisticsOptions
 from stages.summary import Summary, equal_tail_samples, squared_masses, summarize
-from stages.teacher import Scored, ScoredSequence, Teacher
-from storage import schema
+from stages.teacher import Scored, Teacher
 from storage.cache import SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity
 from storage.places import place
 from storage.plan import plan_shards
-from storage.rows import Ragged, Rows
 from storage.sketch_file import SketchFile
 
 if TYPE_CHECKING:
@@ -495,63 +494,8 @@ def cache_shards(
 
 
 def write_scored(cache: Cache, index: int, scored: Scored, seconds: float) -> None:
-    """Write what the teacher gave as shard `index`. Raises OSError."""
+    """Write what the teacher gave as shard `index`. Raises OSError, and RunError for numbers that cannot be."""
     rows = rows_from_scored(scored.sequences, cache.manifest.scoring)
+    refuse_impossible(rows, cache.manifest, index)
     kl = [s.sketch_kl.sum(dtype=np.float64) for s in scored.sequences if s.sketch_kl is not None]
     cache.write_shard(index, rows, scored.tail_prior_sum, seconds, float(sum(kl)) if kl else None)
-
-
-def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -> Rows:
-    """The rows of a shard: statistics in float32 become the columns of the format."""
-    kept = [s.top_ids >= 0 for s in sequences]
-    lists = {
-        "input_ids": [s.sequence.input_ids for s in sequences],
-        "loss_mask": [s.sequence.loss_mask for s in sequences],
-        "gold_logprob": [s.gold_logprob for s in sequences],
-        "tail_logmass": [s.tail_logmass for s in sequences],
-        "entropy": [s.entropy for s in sequences],  # NaN where the engine cannot tell; then there is no such column
-        "top_count": [_at_stored(s.sequence.loss_mask, _counts(k)) for s, k in zip(sequences, kept, strict=True)],
-        "top_ids": [_picked(s.top_ids, k) for s, k in zip(sequences, kept, strict=True)],
-        "top_logprobs": [
-            _rounded(_picked(s.top_logprobs, k), scoring.logprob_bits) for s, k in zip(sequences, kept, strict=True)
-        ],
-        "tail_samples": [s.tail_samples.ravel() for s in sequences],
-        "sketch_codes": [s.sketch_codes.ravel() for s in sequences if s.sketch_codes is not None],
-        "residual_samples": [s.residual_samples.ravel() for s in sequences if s.residual_samples is not None],
-        "residual_mass": [s.residual_mass for s in sequences if s.residual_mass is not None],
-    }
-    for column, temperature in enumerate(scoring.temperatures):
-        name = schema.temperature_column(temperature).name
-        lists[name] = [s.tail_logmass_at[:, column] for s in sequences]
-    return Rows(
-        np.array([s.sequence.sequence_id for s in sequences], np.int64),
-        {
-            column.name: Ragged.from_lists(lists[column.name], column.dtype)
-            for column in scoring.columns
-            if column.is_list
-        },
-    )
-
-
-def _picked(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """The entries that are kept, flat."""
-    return values.ravel() if kept.all() else values[kept]
-
-
-def _counts(kept: np.ndarray) -> np.ndarray:
-    """How many entries each position keeps."""
-    return np.full(len(kept), kept.shape[1]) if kept.all() else kept.sum(1)
-
-
-def _rounded(logprobs: np.ndarray, bits: int) -> np.ndarray:
-    """As float16 where that is what is stored: torch rounds as numpy does, ten times as fast."""
-    import torch
-
-    return torch.from_numpy(logprobs).half().numpy() if bits == 16 else logprobs
-
-
-def _at_stored(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """One value per position, 0 where the loss mask is not set."""
-    whole = np.zeros(len(mask), values.dtype)
-    whole[mask] = values
-    return whole

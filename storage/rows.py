@@ -42,6 +42,11 @@ class Ragged:
         at = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Ragged(self.values[at], offsets)
 
+    def part(self, start: int, stop: int) -> Ragged:
+        """Rows `start` to `stop`, their values a view."""
+        first, end = self.offsets[start], self.offsets[stop]
+        return Ragged(self.values[first:end], self.offsets[start : stop + 1] - first)
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -76,6 +81,12 @@ class Rows:
     def take(self, rows: np.ndarray) -> Rows:
         """These rows (int `[K]`), in this order, as arrays of their own."""
         return Rows(self.sequence_id[rows], {name: ragged.take(rows) for name, ragged in self.lists.items()})
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop`, as views."""
+        return Rows(
+            self.sequence_id[start:stop], {name: ragged.part(start, stop) for name, ragged in self.lists.items()}
+        )
 
     @classmethod
     def concatenated(cls, parts: Sequence[Rows]) -> Rows:

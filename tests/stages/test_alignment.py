@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from stages.caching import CacheOptions, prepare, rows_from_scored, run
+from stages.caching import CacheOptions, prepare, run
 from stages.corpus import Sequence
 from stages.engines import EngineOptions
+from stages.scored_rows import rows_from_scored
 from stages.statistics import StatisticsOptions
 from stages.teacher_transformers import TransformersTeacher, batches_by_tokens
 from storage.rows import Ragged, Rows
