@@ -148,7 +148,7 @@ def prepare(options: AuditOptions) -> PreparedAudit:
     scoring = manifest.scoring
     # vLLM's stock API gives the top-N and no more, and only engines that run here show hidden states.
     stock = engine.vllm_route == "prompt-logprobs"
-    elsewhere = stock or engine.engine == "server" or engine.server_url is not None
+    elsewhere = stock or engine.on_server
     sketch = None if elsewhere else scoring.sketch
     least = StatisticsOptions(scoring.top_n, seed=scoring.seed, tail_epsilon=scoring.tail_epsilon, min_n=scoring.min_n)
     statistics = replace(

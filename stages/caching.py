@@ -23,7 +23,7 @@ from stages.card import card
 from stages.chat_settings import ChatSettings, time_there
 from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
 from stages.corpus import Sequence as TokenSequence
-from stages.engines import Choice, EngineOptions, choose, engine_of, load
+from stages.engines import Choice, EngineOptions, choose, engine_of, load, top_n_of
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.local_files import check_apart
 from stages.pretrained import load_config, load_end_ids, load_tokenizer
@@ -124,7 +124,7 @@ class CacheOptions:
         if self.sketch_rank is not None:
             return 0
         engine = self.engine
-        elsewhere = engine.vllm_route == "prompt-logprobs" or engine.engine == "server" or engine.server_url
+        elsewhere = engine.vllm_route == "prompt-logprobs" or engine.on_server
         return 0 if elsewhere else DEFAULT_TAIL_SAMPLES
 
 
@@ -241,17 +241,22 @@ def prepare(options: CacheOptions) -> PreparedCache:
     Cache.check_target(options.output)
     check_apart(options.dataset, options.output)
     files = read_teacher(options)
-    sketch = files.sketch
+    sketch, given_top_n = files.sketch, options.top_n
     options = replace(options, sketch_rank=sketch.rank if sketch else None)
-    statistics = options.statistics()
+    if options.engine.on_server:
+        options = _for_a_server(options)
     choice = choose(
         options.engine,
-        statistics,
+        options.statistics(),
         max_length=files.max_length,
         vocabulary_size=files.vocabulary_size,
         there=engine_of(place(options.output)),
+        may_keep_fewer=given_top_n is None,
     )
+    statistics = choice.statistics or options.statistics()
     corpus = read_corpus(options, files)
+    if choice.teacher is not None:
+        choice.teacher.check_length(int(corpus.lengths.max()))
     if sketch is not None and sketch.sha256 is None and corpus.report.trained_positions < sketch.rank:
         raise UserError(
             f"--sketch-rank {sketch.rank}: the corpus has only {corpus.report.trained_positions} positions with a loss "
@@ -292,6 +297,16 @@ def prepare(options: CacheOptions) -> PreparedCache:
         _refuse_other_card(options, cache)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
     return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending, sketch_bytes)
+
+
+def _for_a_server(options: CacheOptions) -> CacheOptions:
+    """The options as a server can have them: it decides its precision; a cache that it began says how many are kept."""
+    if options.dtype != "auto":
+        raise UserError(
+            f"--dtype {options.dtype}: a server decided its precision when it was started; leave the option out, and "
+            f"start the server with --dtype {options.dtype}"
+        )
+    return replace(options, top_n=options.top_n or top_n_of(place(options.output)))
 
 
 def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
@@ -473,8 +488,21 @@ def cache_shards(
 ) -> None:
     """Score and write the `pending` shards. `progress` gets tokens as they are scored.
 
-    Raises RunError from the teacher and OSError from the disk; what is finished by then stays.
+    Raises RunError from the teacher, which says what is finished by then and stays, and OSError from the disk.
     """
+    try:
+        _work_off(cache, corpus, teacher, pending, progress)
+    except RunError as error:
+        shards = len(cache.manifest.shards)
+        done = shards - len(pending_shards(cache))
+        kept = f"{done} of {shards} shards are finished and kept" if done else "no shard is finished, nothing is kept"
+        raise RunError(f"{error}; {kept}") from error
+
+
+def _work_off(
+    cache: Cache, corpus: Corpus, teacher: Teacher, pending: list[int], progress: Callable[[int], None]
+) -> None:
+    """Score and write, one shard behind the other."""
     with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
         waiting: Future[None] | None = None
         for index in pending:

@@ -10,13 +10,17 @@ server-prompt-logprobs    any vLLM server: gold and top-N only
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.statistics import StatisticsOptions
 from stages.teacher import SKETCH_ENGINES, Teacher
 from storage.errors import UserError
 from storage.places import Place
+
+if TYPE_CHECKING:
+    from stages.serve_command import Serving
 
 ENGINES = ("auto", "transformers", "vllm", "server")
 
@@ -40,14 +44,23 @@ class EngineOptions:
     server_model: str | None = None
     server_concurrency: int = 32
 
+    @property
+    def on_server(self) -> bool:
+        return self.engine == "server" or bool(self.server_url)
+
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine by its name in the manifest, why it was chosen, and its teacher where asking made one already."""
+    """An engine by its name in the manifest, why it was chosen, and its teacher where asking made one already.
+
+    statistics: what it keeps, where that is not what it was asked for. notes: a sentence each, for the reader.
+    """
 
     engine: str
     reason: str
     teacher: Teacher | None = None
+    statistics: StatisticsOptions | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def gives_entropy(self) -> bool:
@@ -62,27 +75,29 @@ def choose(
     vocabulary_size: int,
     there: str | None,
     without_pooler: StatisticsOptions | None = None,
+    may_keep_fewer: bool = False,
 ) -> Choice:
     """Decide without loading weights. `there`: the engine of a cache that is to be gone on with, which `auto` follows.
 
-    without_pooler: what a server that has not our pooler is asked for, if that may be less.
+    max_length: ids that sequences may have; how long they are is known later, and a matter of `Teacher.check_length`.
+    without_pooler: what a server that has not our pooler is asked for, if that may be less. may_keep_fewer: a server
+    without it may keep fewer than the top_n, if it allows no more.
 
     Raises UserError for an engine that is not installed, cannot serve the teacher or give the statistics.
     """
-    if statistics.sketch_rank and (options.engine == "server" or options.server_url):
+    if statistics.sketch_rank and options.on_server:
         raise UserError(f"--sketch-rank: a server shows no hidden states; {SKETCH_ENGINES}")
     engine, reason = options.engine, "--engine"
     if engine == "auto":
         engine, reason = _automatic(options, there)
+    if engine != "vllm" and (options.vllm_args or options.vllm_route != "pooling"):
+        raise UserError(f"--vllm-arg and --vllm-route belong to --engine vllm; this would run on {engine} ({reason})")
     if engine == "server":
-        return _server(options, statistics, max_length, vocabulary_size, without_pooler)
-    if options.server_url:
-        raise UserError(f"--server-url belongs to --engine server, not to {engine}")
+        return _server(options, statistics, vocabulary_size, without_pooler, may_keep_fewer)
+    for name, value in (("--server-url", options.server_url), ("--server-model", options.server_model)):
+        if value:
+            raise UserError(f"{name} belongs to --engine server, not to {engine}")
     if engine != "vllm":
-        if options.vllm_args or options.vllm_route != "pooling":
-            raise UserError(
-                f"--vllm-arg and --vllm-route belong to --engine vllm; this would run on {engine} ({reason})"
-            )
         return Choice(engine, reason)
     from stages.vllm_engine import check_engine_args, check_serves
     from stages.vllm_prompt_logprobs import refuse_beyond_logprobs
@@ -111,24 +126,50 @@ def _automatic(options: EngineOptions, there: str | None) -> tuple[str, str]:
 def _server(
     options: EngineOptions,
     statistics: StatisticsOptions,
-    max_length: int,
     vocabulary_size: int,
     without_pooler: StatisticsOptions | None,
+    may_keep_fewer: bool,
 ) -> Choice:
-    if not options.server_url:
-        raise UserError("--engine server needs --server-url http://host:port")
+    from stages.http_client import KEY_VARIABLE
     from stages.teacher_server import ServerTeacher
 
+    serving = _serving(options)
+    if not options.server_url:
+        raise UserError(
+            "--engine server needs --server-url http://host:port, of a server that was started with: "
+            f"{serving.with_pooler(statistics)}"
+        )
     teacher = ServerTeacher(
         options.server_url,
         statistics,
-        max_length=max_length,
+        serving,
         model=options.server_model,
         vocabulary_size=vocabulary_size,
         concurrency=options.server_concurrency,
+        api_key=os.environ.get(KEY_VARIABLE),
         without_pooler=without_pooler,
+        may_keep_fewer=may_keep_fewer,
     )
-    return Choice(teacher.description.name, teacher.description.reason, teacher)
+    found = teacher.description
+    return Choice(found.name, found.reason, teacher, teacher.options, teacher.notes)
+
+
+def _serving(options: EngineOptions) -> Serving:
+    """How vLLM serves the teacher. Reads its configuration again, which is at hand by now."""
+    from stages.pretrained import load_config
+    from stages.serve_command import Serving
+
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = load_config(options.teacher, **source)
+    text = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    return Serving(
+        os.path.abspath(options.teacher) if os.path.isdir(options.teacher) else options.teacher,
+        (getattr(config, "architectures", None) or [type(config).__name__])[0],
+        dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
+        context=getattr(text, "max_position_embeddings", None),
+        **source,
+    )
 
 
 def load(
@@ -159,7 +200,21 @@ def load(
 
 def engine_of(cache: Place) -> str | None:
     """The engine that the manifest in this directory names; None where there is no readable one."""
+    engine = _scoring_there(cache).get("engine")
+    return engine if isinstance(engine, str) else None
+
+
+def top_n_of(cache: Place) -> int | None:
+    """The top_n of a cache that a server began which allowed no more; None where there is no such cache."""
+    scoring = _scoring_there(cache)
+    top_n = scoring.get("top_n")
+    return top_n if scoring.get("engine") == "server-prompt-logprobs" and isinstance(top_n, int) else None
+
+
+def _scoring_there(cache: Place) -> dict[str, Any]:
+    """What the manifest in this directory says of the scoring; nothing where it cannot be read."""
     try:
-        return str(json.loads((cache / "manifest.json").read_bytes())["scoring"]["engine"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((cache / "manifest.json").read_bytes())["scoring"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -10,10 +10,11 @@ import re
 
 import numpy as np
 
+from stages.statistics import StatisticsOptions
 from stages.teacher import ScoredSequence
 from storage import schema
 from storage.errors import RunError
-from storage.manifest import Manifest, ScoringOptions
+from storage.manifest import Manifest, PlannedShard, ScoringOptions
 from storage.rows import Ragged, Rows
 from storage.shard import structure_problems, value_problems
 
@@ -33,8 +34,33 @@ def refuse_impossible(rows: Rows, manifest: Manifest, index: int) -> None:
         engine = manifest.scoring.engine
         raise RunError(
             f"the engine {engine} gave what cannot be, so shard {index} is not written: {problem}; "
-            f"{_CAUSES.get(engine, _OTHER_CAUSE)}"
+            f"{likely_cause(engine)}"
         )
+
+
+def likely_cause(engine: str) -> str:
+    """What to look at where this engine, by its name in the manifest, gave numbers that cannot be."""
+    return _CAUSES.get(engine, _OTHER_CAUSE)
+
+
+def problem_of(scored: ScoredSequence, options: StatisticsOptions, vocabulary_size: int) -> str | None:
+    """The first break of the format in one sequence, number 0, that belongs to no cache."""
+    length = len(scored.sequence.input_ids)
+    scoring = ScoringOptions(
+        engine="",
+        dtype="",
+        top_n=options.top_n,
+        logprob_bits=32,
+        temperatures=options.temperatures,
+        tail_samples=options.tail_samples,
+        entropy=not np.isnan(scored.entropy).any(),
+        max_length=length,
+        tail_epsilon=options.tail_epsilon,
+        min_n=options.min_n,
+    )
+    shard = PlannedShard(first=0, sequences=1, tokens=length)
+    manifest = Manifest.model_construct(scoring=scoring, vocabulary_size=vocabulary_size, shards=(shard,))
+    return first_problem(rows_from_scored([scored], scoring), manifest, 0)
 
 
 def first_problem(rows: Rows, manifest: Manifest, index: int) -> str | None:
@@ -59,7 +85,7 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
         "top_count": [_at_stored(s.sequence.loss_mask, _counts(k)) for s, k in zip(sequences, kept, strict=True)],
         "top_ids": [_picked(s.top_ids, k) for s, k in zip(sequences, kept, strict=True)],
         "top_logprobs": [
-            _rounded(_picked(s.top_logprobs, k), scoring.logprob_bits) for s, k in zip(sequences, kept, strict=True)
+            rounded(_picked(s.top_logprobs, k), scoring.logprob_bits) for s, k in zip(sequences, kept, strict=True)
         ],
         "tail_samples": [s.tail_samples.ravel() for s in sequences],
         "sketch_codes": [s.sketch_codes.ravel() for s in sequences if s.sketch_codes is not None],
@@ -89,7 +115,7 @@ def _counts(kept: np.ndarray) -> np.ndarray:
     return np.full(len(kept), kept.shape[1]) if kept.all() else kept.sum(1)
 
 
-def _rounded(logprobs: np.ndarray, bits: int) -> np.ndarray:
+def rounded(logprobs: np.ndarray, bits: int) -> np.ndarray:
     """As float16 where that is what is stored: torch rounds as numpy does, ten times as fast."""
     import torch
 

@@ -90,6 +90,9 @@ class Teacher(ABC):
         """Code every position that is scored from now on with this sketch. Raises as `calibrate` does."""
         raise UserError(f"--sketch-rank: the engine {self.description.name} shows no hidden states; {SKETCH_ENGINES}")
 
+    def check_length(self, longest: int) -> None:  # noqa: B027 - most engines are told the length when they are loaded
+        """UserError where the engine takes no sequences of `longest` ids."""
+
     def close(self) -> None:  # noqa: B027 - most teachers hold nothing to give back
         """Free the accelerator and end any process of the engine."""
 

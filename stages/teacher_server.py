@@ -1,110 +1,87 @@
 """A teacher on a vLLM server that already runs, asked over HTTP. Needs no vLLM and no GPU on this side.
 
-Where the server runs our plugin (`server_command` says how to start one), `POST /pooling` answers with the same
+Where the server runs our plugin (`stages.serve_command` says how to start one), `POST /pooling` answers with the same
 packed statistics as the teacher in process. Any other vLLM server is asked for `prompt_logprobs` on
 `/v1/completions`, which gives the gold and the top-N log-probabilities only.
-
-Only the standard library talks HTTP here: persistent connections, one per thread.
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
-import random
+import re
 import shlex
-import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from stages.corpus import Sequence as TokenSequence
+from stages.http_client import PASSING, HttpClient, Patience, message_of
+from stages.scored_rows import likely_cause, problem_of
+from stages.serve_command import Serving
 from stages.statistics import StatisticsOptions
 from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher, check_sequences
-from stages.vllm_plugin import CONFIG_KEY, PackedStatistics, options_to_config, statistics_architecture
+from stages.vllm_plugin import PackedStatistics
 from stages.vllm_pooling import scored_from_packed
-from stages.vllm_prompt_logprobs import refuse_beyond_logprobs, scored_from_logprobs
+from stages.vllm_prompt_logprobs import refuse_beyond_logprobs, scored_from_json
 from storage.errors import RunError, UserError
 
-# Worth another try: the server is busy, restarting, or behind a proxy that is.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-_LONGEST_WAIT = 30.0  # seconds between two tries
-# What vLLM writes into JSON for a log-probability of -inf.
-_JSON_MINUS_INFINITY = -9999.0
-
-
-def server_command(model: str, architecture: str, options: StatisticsOptions) -> str:
-    """The shell command that serves `model` with our pooler; `architecture` as in the model's config.json."""
-    overrides = {"architectures": [statistics_architecture(architecture), architecture], "head_dtype": "float32"}
-    pooler = {"task": "token_embed", "tok_pooling_type": "ALL", "seq_pooling_type": "LAST"}
-    command = ["vllm", "serve", model, "--runner", "pooling", "--no-enable-prefix-caching"]
-    command += ["--hf-overrides", json.dumps(overrides), "--pooler-config", json.dumps(pooler)]
-    command += ["--additional-config", json.dumps({CONFIG_KEY: options_to_config(options)})]
-    return shlex.join(command)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to wait for the server. Seconds; `attempts` per request, the first one included."""
-
-    attempts: int = 6
-    timeout: float = 600.0  # of one answer
-    connect_timeout: float = 10.0  # of the questions at the start
-    first_wait: float = 0.5  # doubled after each try
+# What vLLM allows where it is not told otherwise.
+_STOCK_TOP_N = 20
+# Ids of a probe.
+_PROBED = 17
+_ANY_LENGTH = 1 << 30
 
 
 class ServerTeacher(Teacher):
     """Scores on the server at `url` (`http://host:port`, with or without `/v1`).
 
-    max_length: ids of the longest sequence to come. model: its name as served, or as the server loaded it; may be
-    left out where the server has one model. vocabulary_size: V as expected, which is checked; needed for a server
-    without our pooler, which does not tell. concurrency: requests at a time. api_key: sent as a bearer token.
+    serving: how the teacher is served, for the commands in messages; its model is the teacher that is expected there.
+    model: its name as served, or as the server loaded it; may be left out where the server has one model, and that is
+    called as the teacher is. vocabulary_size: V as expected, which is checked; needed for a server without our pooler,
+    which does not tell. concurrency: requests at a time. api_key: sent as a bearer token. without_pooler: what a
+    server without our pooler is asked for, if that may be less. may_keep_fewer: it may keep fewer than top_n, down to
+    what it allows.
 
+    `options` is what is kept, which may be less than was asked for; `notes` says so, a sentence each.
     `tail_prior_sum` is None: it would cost V numbers per request. Without our pooler also `entropy` is NaN and
     `tail_logmass` is bounded as `stages.vllm_prompt_logprobs` says.
 
-    Raises UserError where nothing answers at `url`, or something other than what was expected.
+    Raises UserError where nothing answers at `url`, or something other than what was expected. How long sequences may
+    be is `check_length`'s, for when that is known.
     """
 
     def __init__(
         self,
         url: str,
         options: StatisticsOptions,
+        serving: Serving,
         *,
-        max_length: int,
         model: str | None = None,
         vocabulary_size: int | None = None,
         concurrency: int = 32,
         api_key: str | None = None,
         patience: Patience | None = None,
         without_pooler: StatisticsOptions | None = None,
+        may_keep_fewer: bool = False,
     ) -> None:
         if concurrency < 1:
             raise UserError(f"--server-concurrency {concurrency}: give at least 1")
         self.options = options
-        self.max_length = max_length
         self.concurrency = concurrency
-        self._http = _Http(url, api_key, patience or Patience())
+        self.notes: tuple[str, ...] = ()
+        self._may_keep_fewer = may_keep_fewer
+        self._http = HttpClient(url, api_key, patience or Patience())
+        self._serving = replace(serving, port=self._http.port)
         try:
-            self._model, longest = self._choose_model(model)
+            self._choose_model(model)
             self.uses_pooler = self._find_pooler(vocabulary_size)
             if not self.uses_pooler:
                 self.options = without_pooler or options
                 self._check_completions(vocabulary_size)
-            # A completion has at least one id, even when nobody wants it.
-            room = 0 if self.uses_pooler else 1
-            if longest is not None and max_length + room > longest:
-                raise UserError(
-                    f"{self._http.url}: takes sequences of up to {longest - room} ids, the longest here has "
-                    f"{max_length}; restart it with --max-model-len {max_length + room}"
-                )
             version = self._version()
         except BaseException:
             self._http.close()
@@ -118,38 +95,81 @@ class ServerTeacher(Teacher):
 
     # What the server is
 
-    def _choose_model(self, wanted: str | None) -> tuple[str, int | None]:
-        """(name to ask for, ids it takes)"""
+    def _choose_model(self, wanted: str | None) -> None:
+        """Take the name to ask for and the ids that the server reads."""
         models = self._ask("GET", "/v1/models").get("data")
         if not isinstance(models, list) or not all(isinstance(m, dict) and "id" in m for m in models):
             raise UserError(f"{self._http.url}: /v1/models does not answer as vLLM does; is this a vLLM server?")
         served = ", ".join(str(m["id"]) for m in models) or "nothing"
         if wanted is None and len(models) != 1:
-            raise UserError(f"{self._http.url} serves {served}; name one of them")
-        for model in models:
-            if wanted is None or wanted in (model["id"], model.get("root")):
-                longest = model.get("max_model_len")
-                return str(model["id"]), int(longest) if longest is not None else None
-        raise UserError(f"{self._http.url} serves {served}, not {wanted}")
+            raise UserError(f"{self._http.url} serves {served}; name one of them (--server-model)")
+        found = [m for m in models if wanted is None or wanted in (m["id"], m.get("root"))]
+        if not found:
+            raise UserError(f"{self._http.url} serves {served}, not {wanted}")
+        model = found[0]
+        name, root = str(model["id"]), model.get("root")
+        if wanted is None and not (self._serving.is_called(name) or self._serving.is_called(root)):
+            loaded = f" (loaded from {root})" if root not in (None, name) else ""
+            raise UserError(
+                f"{self._http.url} serves {name}{loaded}, the teacher here is {self._serving.model}; if they are the "
+                f"same weights, confirm it with --server-model {shlex.quote(name)}"
+            )
+        longest = model.get("max_model_len")
+        if longest is not None and (type(longest) is not int or longest < 2):
+            raise UserError(f"{self._http.url}: /v1/models gives {name} a max_model_len of {longest!r}")
+        self._model, self._max_model_len = name, longest
+        self._serving = self._serving.as_served(root, name)
+
+    def check_length(self, longest: int) -> None:
+        """UserError, with the command that would serve them, where sequences of `longest` ids are too long."""
+        if self._max_model_len is None or longest <= self.max_length:
+            return
+        says = f"{self._http.url}: takes sequences of up to {self.max_length} ids, the longest here has {longest}; "
+        if self.uses_pooler:
+            raise UserError(f"{says}start it with: {self._serving.with_pooler(self.options, longest)}")
+        context = self._serving.context
+        if context is not None and longest + 1 > context:
+            raise UserError(
+                f"{says}a server without our pooler reads one id more, and this teacher {context} at most: lower the "
+                f"longest length to {context - 1}, or start it with: {self._serving.with_pooler(self.options)}"
+            )
+        raise UserError(f"{says}start it with: {self._serving.stock(self.options.top_n, longest)}")
+
+    @property
+    def max_length(self) -> int:
+        """Ids of the longest sequence that the server takes."""
+        if self._max_model_len is None:
+            return _ANY_LENGTH
+        # A completion has at least one id, even when nobody wants it.
+        return self._max_model_len - (0 if self.uses_pooler else 1)
 
     def _find_pooler(self, vocabulary_size: int | None) -> bool:
-        """Whether the model there is ours to pool; raises UserError for one with other options or vocabulary."""
-        status, body = self._http.once("POST", "/pooling", self._pooling_body([0, 0]))
+        """Tell whether the model there is ours to pool; UserError for one with other options or vocabulary."""
+        probe = [0, 0]
+        status, body = self._http.once("POST", "/pooling", self._pooling_body(probe))
         if status != 200:
+            said = message_of(body)
+            if status in PASSING and "support" not in said:
+                raise UserError(f"{self._http.url}/pooling: answers {status} {said}; try again when the server is up")
+            self.notes += (
+                f"{self._http.url}/pooling answers {status}, so the server runs without our pooler and only gold and "
+                "top-N log-probabilities are kept; for all statistics start it, with this package installed there, "
+                f"with: {self._serving.with_pooler(self.options)}",
+            )
             return False
         try:
             packed = _unpack(body)
         except ValueError:
             raise UserError(
-                f"{self._http.url}: serves {self._model} as a pooling model of another kind; start it with our "
-                "pooler, or as a generating model"
+                f"{self._http.url}: serves {self._model} as a pooling model of another kind; start it with: "
+                f"{self._serving.with_pooler(self.options)}"
             ) from None
         wanted = self.options if self.options.tail_samples else _without_seed(self.options)
         there = packed.options if packed.options.tail_samples else _without_seed(packed.options)
         if _comparable(wanted) != _comparable(there):
             raise UserError(
-                f"{self._http.url}: keeps {_in_words(packed.options)}, asked for {_in_words(self.options)}; restart it "
-                f"with --additional-config '{json.dumps({CONFIG_KEY: options_to_config(self.options)})}'"
+                f"{self._http.url}: keeps {_in_words(packed.options)}, asked for {_in_words(self.options)}; ask for "
+                f"what it keeps, or start it with: {self._serving.with_pooler(self.options)}"
             )
         if vocabulary_size is not None and packed.vocabulary_size != vocabulary_size:
             raise UserError(
@@ -157,11 +177,16 @@ class ServerTeacher(Teacher):
                 f"{vocabulary_size}"
             )
         self.vocabulary_size = packed.vocabulary_size
+        sequence = _probe(probe)
+        self._check_answer(lambda: scored_from_packed(sequence, packed))
         return True
 
     def _check_completions(self, vocabulary_size: int | None) -> None:
-        """That `/v1/completions` gives what is asked for, from a vocabulary of exactly the expected size."""
-        refuse_beyond_logprobs(self.options, f"{self._http.url} (a server without our pooler)")
+        """Refuse what `/v1/completions` does not give from a vocabulary of exactly the expected size."""
+        try:
+            refuse_beyond_logprobs(self.options, f"{self._http.url} (a server without our pooler)")
+        except UserError as error:
+            raise UserError(f"{error}; for them start it with: {self._serving.with_pooler(self.options)}") from None
         if vocabulary_size is None:
             raise UserError(
                 f"{self._http.url}: a server without our pooler does not tell its vocabulary; name the model"
@@ -169,39 +194,69 @@ class ServerTeacher(Teacher):
         if not 1 <= self.options.top_n <= vocabulary_size:
             raise UserError(f"--top-n {self.options.top_n}: the teacher's vocabulary has {vocabulary_size} ids")
         self.vocabulary_size = vocabulary_size
-        status, body = self._http.once("POST", "/v1/completions", self._completion_body([0, vocabulary_size - 1]))
+        sequence = _probe(_spread_ids(vocabulary_size, self.max_length))
+        status, body = self._complete(sequence)
+        if status != 200 and "logprobs" in message_of(body).lower():
+            self._keep_fewer(message_of(body))
+            status, body = self._complete(sequence)
         if status != 200:
-            hint = ""
-            if "logprobs" in _message(body).lower():
-                hint = f"; restart it with --max-logprobs {self.options.top_n}"
-            elif "vocab" in _message(body).lower():
-                hint = f"; {vocabulary_size} ids were expected"
-            raise UserError(f"{self._http.url}: {self._model} refuses a probe with {status}: {_message(body)}{hint}")
-        self._parse_completion(TokenSequence(-1, np.array([0, vocabulary_size - 1], np.int32), np.ones(1, bool)), body)
-        status, _ = self._http.once("POST", "/v1/completions", self._completion_body([0, vocabulary_size]))
+            said = message_of(body)
+            hint = f"; {vocabulary_size} ids were expected" if "vocab" in said.lower() else ""
+            raise UserError(f"{self._http.url}: {self._model} refuses a probe with {status}: {said}{hint}")
+        self._check_answer(lambda: scored_from_json(sequence, body, self.options, vocabulary_size))
+        status, _ = self._complete(_probe([0, vocabulary_size]))
         if status == 200:
             raise UserError(
                 f"{self._http.url}: {self._model} knows id {vocabulary_size}, so its vocabulary is larger than the "
                 f"expected {vocabulary_size} ids"
             )
 
+    def _keep_fewer(self, refusal: str) -> None:
+        """Lower top_n to what the server's `refusal` allows, where it may be; UserError where not."""
+        asked = self.options.top_n
+        found = re.search(r"max\D*(\d+)", refusal)
+        most = int(found[1]) if found else _STOCK_TOP_N
+        if not self._may_keep_fewer or not self.options.min_n <= most < asked:
+            limit = f"allows the top {most}" if found else f"refuses a probe ({refusal})"
+            raise UserError(
+                f"{self._http.url}: {limit}, asked for {asked}; ask for fewer, or start it with: "
+                f"{self._serving.stock(asked)}"
+            )
+        self.options = replace(self.options, top_n=most)
+        self.notes += (
+            f"the server allows the top {most}, so {most} are kept and not {asked}; for {asked} start it with: "
+            f"{self._serving.stock(asked)}",
+        )
+
+    def _complete(self, sequence: TokenSequence) -> tuple[int, bytes]:
+        return self._http.once("POST", "/v1/completions", self._completion_body(sequence.input_ids.tolist()))
+
+    def _check_answer(self, scored: Callable[[], ScoredSequence]) -> None:
+        """UserError where the answer to a probe is none, or cannot be."""
+        try:
+            problem = problem_of(scored(), self.options, self.vocabulary_size)
+        except (ValueError, RunError) as error:
+            problem = str(error)
+        if problem is not None:
+            engine = "server" if self.uses_pooler else "server-prompt-logprobs"
+            raise UserError(f"{self._http.url}: answers a probe with what cannot be: {problem}; {likely_cause(engine)}")
+
     def _version(self) -> str | None:
         status, body = self._http.once("GET", "/version")
         try:
             return str(json.loads(body)["version"]) if status == 200 else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _ask(self, method: str, path: str) -> dict[str, Any]:
         """A question at the start: one that stays without an answer is a UserError."""
         status, body = self._http.once(method, path)
-        if status in (401, 403):
-            raise UserError(f"{self._http.url}: refuses the API key ({status})")
         if status != 200:
-            raise UserError(f"{self._http.url}{path}: answers {status} {_message(body)}")
+            hint = "; is --server-url the address of a vLLM server?" if status == 404 else ""
+            raise UserError(f"{self._http.url}{path}: answers {status} {message_of(body)}{hint}")
         try:
             answer = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise UserError(f"{self._http.url}{path}: does not answer in JSON; is this a vLLM server?")
@@ -210,6 +265,7 @@ class ServerTeacher(Teacher):
     # Scoring
 
     def score(self, sequences: Sequence[TokenSequence], progress: Callable[[int], None]) -> Scored:
+        self.check_length(max((len(s.input_ids) for s in sequences), default=0))
         check_sequences(sequences, self.max_length, self.vocabulary_size)
         results: list[ScoredSequence | None] = [None] * len(sequences)
         stop = threading.Event()
@@ -247,9 +303,11 @@ class ServerTeacher(Teacher):
             if packed.vocabulary_size != self.vocabulary_size or packed.options.top_n != self.options.top_n:
                 raise RunError(f"{self._http.url}: changed its model or options while it was asked")
             return scored_from_packed(sequence, packed)
-        return self._parse_completion(
-            sequence, self._http.patiently("/v1/completions", self._completion_body(ids), stop)
-        )
+        body = self._http.patiently("/v1/completions", self._completion_body(ids), stop)
+        try:
+            return scored_from_json(sequence, body, self.options, self.vocabulary_size)
+        except ValueError as error:
+            raise RunError(f"{self._http.url}: sequence {sequence.sequence_id}: {error}") from None
 
     def _pooling_body(self, ids: list[int]) -> dict[str, Any]:
         return {
@@ -272,33 +330,17 @@ class ServerTeacher(Teacher):
             "prompt_logprobs": self.options.top_n,
         }
 
-    def _parse_completion(self, sequence: TokenSequence, body: bytes) -> ScoredSequence:
-        """One dictionary per id after the first: N or N+1 ids (the gold among them), each with its log-probability."""
-        golds = sequence.input_ids[1:].tolist()
-        top_n = self.options.top_n
-        ids = np.empty((len(golds), top_n), np.int32)
-        top = np.empty((len(golds), top_n), np.float32)
-        gold = np.empty(len(golds), np.float32)
-        try:
-            positions = json.loads(body)["choices"][0]["prompt_logprobs"][1:]
-            for row, (token, position) in enumerate(zip(golds, positions, strict=True)):
-                gold[row] = position[str(token)]["logprob"]
-                # The gold token is there whatever its rank; the rank tells whether it is among the N.
-                ranked = sorted(((e["rank"], -e["logprob"], int(i)) for i, e in position.items()))[:top_n]
-                ids[row] = [i for _, _, i in ranked]
-                top[row] = [-negative for _, negative, _ in ranked]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise RunError(
-                f"{self._http.url}: the log-probabilities of sequence {sequence.sequence_id} are not what vLLM sends"
-            ) from None
-        order = np.argsort(-top, axis=1, kind="stable")
-        ids, top = np.take_along_axis(ids, order, 1), np.take_along_axis(top, order, 1)
-        for values in (top, gold):
-            values[values <= _JSON_MINUS_INFINITY] = -1e4
-        return scored_from_logprobs(sequence, ids, top, gold, self.options, self.vocabulary_size)
-
     def close(self) -> None:
         self._http.close()
+
+
+def _probe(ids: list[int]) -> TokenSequence:
+    return TokenSequence(0, np.array(ids, np.int32), np.ones(len(ids) - 1, bool))
+
+
+def _spread_ids(vocabulary_size: int, longest: int) -> list[int]:
+    """Ids from the first to the last: at several positions, since logits may pass for log-probabilities at one."""
+    return np.linspace(0, vocabulary_size - 1, max(2, min(_PROBED, longest))).astype(int).tolist()
 
 
 def _unpack(body: bytes) -> PackedStatistics:
@@ -323,143 +365,3 @@ def _in_words(options: StatisticsOptions) -> str:
     if options.tail_epsilon:
         words += f", tails below {options.tail_epsilon:g} (at least {options.min_n})"
     return words + (f" (seed {options.seed})" if options.tail_samples else "")
-
-
-def _message(body: bytes) -> str:
-    """What an error answer says, in one short line."""
-    text = body.decode("utf-8", "replace")
-    try:
-        answer = json.loads(text)
-        answer = answer.get("error", answer) if isinstance(answer, dict) else answer
-        text = str(answer.get("message", answer.get("detail", text)) if isinstance(answer, dict) else answer)
-    except ValueError:
-        pass
-    return " ".join(text.split())[:300]
-
-
-class _Http:
-    """Requests to one server, with a connection per thread that stays open between them."""
-
-    def __init__(self, url: str, api_key: str | None, patience: Patience) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise UserError(f"--server-url {url}: expected http://host:port")
-        self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname, port
-        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
-        self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{self._prefix}"
-        self._headers = {"Content-Type": "application/json", "Accept": "*/*"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self.patience = patience
-        self._local = threading.local()
-        self._lock = threading.Lock()
-        self._open: set[http.client.HTTPConnection] = set()
-
-    def once(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        """One question at the start, asked again only while the server is busy. Raises UserError without an answer."""
-        status, answer = 0, b""
-        # The first forward pass of a server may compile.
-        timeout = self.patience.connect_timeout if method == "GET" else self.patience.timeout
-        for attempt in range(3):
-            try:
-                status, answer, _ = self._exchange(method, path, body, timeout)
-            except TimeoutError:
-                raise UserError(
-                    f"{self.url}{path}: no answer within {timeout:g} s; is it up, and is this a vLLM server?"
-                ) from None
-            except (OSError, http.client.HTTPException) as error:
-                raise UserError(
-                    f"{self.url}: no server answers ({_cause(error)}); start it, or correct --server-url"
-                ) from None
-            if status not in _PASSING:
-                break
-            time.sleep(min(self.patience.first_wait * 2**attempt, _LONGEST_WAIT))
-        return status, answer
-
-    def patiently(self, path: str, body: dict[str, Any], stop: threading.Event) -> bytes:
-        """The body of a successful POST. Raises RunError after the last attempt, UserError for a refusal."""
-        trouble = ""
-        for attempt in range(self.patience.attempts):
-            if stop.is_set():
-                raise RunError("stopped")
-            retry_after = None
-            try:
-                status, answer, retry_after = self._exchange("POST", path, body, self.patience.timeout)
-            except TimeoutError:
-                trouble = f"no answer within {self.patience.timeout:g} s"
-            except (OSError, http.client.HTTPException) as error:
-                trouble = _cause(error)
-            else:
-                if status == 200:
-                    return answer
-                trouble = f"{status} {_message(answer)}".strip()
-                if status not in _PASSING:
-                    raise UserError(f"{self.url}{path}: refuses a sequence with {trouble}")
-            if attempt + 1 < self.patience.attempts:
-                pause = min(self.patience.first_wait * 2**attempt, _LONGEST_WAIT) * random.uniform(0.75, 1.25)
-                stop.wait(max(pause, min(retry_after or 0.0, _LONGEST_WAIT)))
-        raise RunError(
-            f"{self.url}: still failing after {self.patience.attempts} attempts (last: {trouble}); what is finished is "
-            "kept: start the same command again to go on"
-        )
-
-    def _exchange(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout: float
-    ) -> tuple[int, bytes, float | None]:
-        """(status, body, seconds to wait before the next try where the server says so)"""
-        connection = self._connection(timeout)
-        try:
-            payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-            connection.request(method, self._prefix + path, payload, self._headers)
-            response = connection.getresponse()
-            answer = response.read()
-        except BaseException:
-            self._drop(connection)
-            raise
-        if response.will_close:
-            self._drop(connection)
-        try:
-            retry_after = float(response.headers.get("Retry-After", ""))
-        except ValueError:
-            retry_after = None
-        return response.status, answer, retry_after
-
-    def _connection(self, timeout: float) -> http.client.HTTPConnection:
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-            connection = kind(self._host, self._port, timeout=timeout)
-            self._local.connection = connection
-            with self._lock:
-                self._open.add(connection)
-        connection.timeout = timeout
-        if connection.sock is not None:
-            connection.sock.settimeout(timeout)
-        return connection
-
-    def _drop(self, connection: http.client.HTTPConnection) -> None:
-        connection.close()
-        self._local.connection = None
-        with self._lock:
-            self._open.discard(connection)
-
-    def close(self) -> None:
-        """Close every connection; a thread that waits on one gets an error at once."""
-        with self._lock:
-            connections, self._open = list(self._open), set()
-        for connection in connections:
-            sock = connection.sock
-            if sock is not None:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-                sock.close()
-
-
-def _cause(error: BaseException) -> str:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(reason).split())[:200]

@@ -8,6 +8,7 @@ less. Adaptive N works on this tail, so its threshold has to stand well above th
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 # A tail below this is rounding: the log-probabilities behind it are float32.
 TAIL_RESOLUTION = 1e-6
 SMALLEST_EPSILON = 1e-5
+# What vLLM writes into JSON for a log-probability of -inf, and what is kept of it.
+_JSON_MINUS_INFINITY = -9999.0
+_LOWEST = -1e4
 
 
 def refuse_beyond_logprobs(options: StatisticsOptions, route: str) -> None:
@@ -87,6 +91,67 @@ def scored_from_flat(
     return scored_from_logprobs(sequence, ids[:, 1:], logprobs[:, 1:], logprobs[:, 0], options, vocabulary_size)
 
 
+def scored_from_json(
+    sequence: TokenSequence, body: bytes, options: StatisticsOptions, vocabulary_size: int
+) -> ScoredSequence:
+    """A completion's answer: nothing for the first id, then a dictionary of N or N+1 ids each, the gold among them.
+
+    Raises ValueError that says what is wrong with it.
+    """
+    golds = sequence.input_ids[1:].tolist()
+    try:
+        # NaN and Infinity are no JSON, and no log-probabilities.
+        positions = json.loads(body, parse_constant=lambda name: name)["choices"][0]["prompt_logprobs"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        positions = None
+    if not isinstance(positions, list):
+        raise ValueError("an answer without the prompt_logprobs that vLLM sends")
+    if len(positions) != len(golds) + 1:
+        raise ValueError(f"log-probabilities of {max(len(positions) - 1, 0)} positions, asked for {len(golds)}")
+    ids = np.empty((len(golds), options.top_n), np.int32)
+    top = np.empty((len(golds), options.top_n), np.float32)
+    gold = np.empty(len(golds), np.float32)
+    for row, (token, position) in enumerate(zip(golds, positions[1:], strict=True)):
+        try:
+            gold[row], ids[row], top[row] = _of_position(position, token, options.top_n, vocabulary_size)
+        except _Unlike as error:
+            raise ValueError(f"position {row}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            raise ValueError(f"position {row}: not the log-probabilities that vLLM sends") from None
+    order = np.argsort(-top, axis=1, kind="stable")
+    ids, top = np.take_along_axis(ids, order, 1), np.take_along_axis(top, order, 1)
+    for values in (top, gold):
+        values[values <= _JSON_MINUS_INFINITY] = _LOWEST
+    return scored_from_logprobs(sequence, ids, top, gold, options, vocabulary_size)
+
+
+class _Unlike(ValueError):
+    """What is wrong with a position."""
+
+
+def _of_position(
+    position: dict[str, dict[str, Any]], gold: int, top_n: int, vocabulary_size: int
+) -> tuple[float, list[int], list[float]]:
+    """The gold's log-probability, the ids of the top-N and theirs.
+
+    Raises _Unlike where something can be said of it, or whatever Python raises for what is no such position.
+    """
+    entries = [(entry["rank"], entry["logprob"], int(token)) for token, entry in position.items()]
+    if len(entries) < top_n:
+        raise _Unlike(f"{len(entries)} log-probabilities, asked for {top_n}")
+    ranks, logprobs, tokens = zip(*entries, strict=True)
+    # Not isinstance: True and False are ints to Python.
+    if set(map(type, ranks)) != {int} or not set(map(type, logprobs)) <= {int, float}:
+        raise _Unlike("a log-probability or a rank that is no number")
+    if min(tokens) < 0 or max(tokens) >= vocabulary_size:
+        raise _Unlike(f"id {max(tokens)}, the vocabulary has {vocabulary_size}")
+    if str(gold) not in position:
+        raise _Unlike(f"no log-probability of id {gold}, which follows there")
+    # The gold token is there whatever its rank; the rank tells whether it is among the N.
+    kept = sorted(entries, key=lambda entry: (entry[0], -entry[1], entry[2]))[:top_n]
+    return position[str(gold)]["logprob"], [token for _, _, token in kept], [logprob for _, logprob, _ in kept]
+
+
 def scored_from_logprobs(
     sequence: TokenSequence,
     top_ids: np.ndarray,
@@ -97,9 +162,22 @@ def scored_from_logprobs(
 ) -> ScoredSequence:
     """What prompt log-probabilities give: ids and log-probabilities `[L-1, N]`, descending, and gold `[L-1]`.
 
-    `tail_logmass` is bounded as the module says; -inf only where the kept set is the vocabulary.
+    `tail_logmass` is bounded as the module says; -inf only where the kept set is the vocabulary. Nothing is judged
+    here but that the numbers are finite: raw logits come out as a kept set and a tail that do not sum to 1.
     """
     refuse_non_finite(sequence, gold)
+    with np.errstate(over="ignore", divide="ignore"):
+        return _with_tail(sequence, top_ids, top, gold, options, vocabulary_size)
+
+
+def _with_tail(
+    sequence: TokenSequence,
+    top_ids: np.ndarray,
+    top: np.ndarray,
+    gold: np.ndarray,
+    options: StatisticsOptions,
+    vocabulary_size: int,
+) -> ScoredSequence:
     golds = sequence.input_ids[1:]
     is_gold = top_ids == golds[:, None]
     outside = ~is_gold.any(1)
@@ -113,8 +191,7 @@ def scored_from_logprobs(
         dropped = beyond.numpy()
         tail = tail + np.where(dropped, others, 0.0).sum(1)
         top_ids, top = np.where(dropped, -1, top_ids), np.where(dropped, -np.inf, top)
-    with np.errstate(divide="ignore"):
-        tail_logmass = np.log(tail).astype(np.float32)
+    tail_logmass = np.log(tail).astype(np.float32)
     mask = sequence.loss_mask
     return ScoredSequence(
         sequence,

@@ -76,6 +76,8 @@ def command(directory: str, as_json: bool, **given: Any) -> None:
     engine = engine_options(given)
     prepared = prepare(AuditOptions(directory, engine, **given))
     click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason}), {prepared.dtype}", err=True)
+    for note in prepared.choice.notes:
+        click.echo(f"engine: {note}", err=True)
     for difference in prepared.identity_differences:
         click.echo(f"the manifest describes another teacher: {difference}", err=True)
     with Progress("auditing", prepared.tokens) as progress:

@@ -18,6 +18,7 @@ from stages.caching import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_AL
 from stages.divergence import teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective
+from stages.scored_rows import rounded
 from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.teacher import Scored
 from stages.teacher_transformers import TransformersTeacher
@@ -36,8 +37,8 @@ def test_float16_is_rounded_as_numpy_rounds() -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         between = (halves.astype(np.float32) + np.nextafter(halves, np.float16(-np.inf)).astype(np.float32)) / 2
         values = np.concatenate([halves, between, np.float32([-65519.9, -65520, -1e30, -1e-9, -0.0])])
-        np.testing.assert_array_equal(_rounded(values, 16), values.astype(np.float16))
-    assert _rounded(values, 32) is values
+        np.testing.assert_array_equal(rounded(values, 16), values.astype(np.float16))
+    assert rounded(values, 32) is values
 
 
 def test_the_teacher_never_waits_for_the_disk(

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
+import shlex
 import socket
-import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from stages.corpus import Sequence
-from stages.statistics import RowStatistics, StatisticsOptions, row_statistics, sample_uniforms
+from stages.http_client import Patience
+from stages.serve_command import Serving
+from stages.statistics import StatisticsOptions
 from stages.teacher import Scored
-from stages.teacher_server import Patience, ServerTeacher
-from stages.vllm_plugin import Chunk, StatisticsCollector, _header
+from stages.teacher_server import ServerTeacher
 from storage.errors import RunError, UserError
-from tests.http_server import LocalServer
+from tests.vllm_double import LONGEST, Bigram, VllmDouble
 
-VOCABULARY, LONGEST = 211, 64
+VOCABULARY = 211
+BIGRAM = Bigram(VOCABULARY)
 POOLED = StatisticsOptions(6, (2.0,), 2, seed=11)
 PLAIN = StatisticsOptions(6)
+SERVING = Serving("/models/tiny", "LlamaForCausalLM", dtype="float32", context=2 * LONGEST)
 IMPATIENT = Patience(attempts=4, timeout=0.6, connect_timeout=0.6, first_wait=0.01)
 
 
@@ -44,158 +45,32 @@ def make_sequences(lengths: list[int]) -> list[Sequence]:
 SEQUENCES = make_sequences([2, LONGEST - 1, 20, 7, 33, 5, 40, 12])
 
 
-class Bigram:
-    """A language model that looks at one id: row i of a table is what follows id i."""
-
-    table = torch.from_numpy(np.random.default_rng(5).standard_normal((VOCABULARY, VOCABULARY)).astype(np.float32) * 3)
-
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        return self.table[torch.tensor(ids)]
-
-    def packed(self, ids: list[int], options: StatisticsOptions) -> bytes:
-        collector = StatisticsCollector(lambda h: h.clone(), options, VOCABULARY)
-        ((dense, entries),) = collector.collect(self.logits(ids), [Chunk(np.array(ids), 0, len(ids))])
-        header = np.array(_header(options, VOCABULARY, len(dense), len(entries)), "<f4")
-        return header.tobytes() + dense.numpy().tobytes() + entries.numpy().tobytes()
-
-    def prompt_logprobs(self, ids: list[int], top_n: int) -> list[Any]:
-        """As vLLM writes them: the id itself first, then the top-N, in one dictionary."""
-        answer: list[Any] = [None]
-        for row, gold in zip(torch.log_softmax(self.logits(ids), 1)[:-1], ids[1:], strict=True):
-            order = torch.argsort(row, descending=True, stable=True).tolist()
-            entries = {str(gold): {"logprob": float(row[gold]), "rank": order.index(gold) + 1, "decoded_token": "x"}}
-            for rank, token in enumerate(order[:top_n]):
-                entries[str(token)] = {"logprob": float(row[token]), "rank": rank + 1, "decoded_token": "x"}
-            answer.append(entries)
-        return answer
-
-    def expected(self, sequence: Sequence, options: StatisticsOptions) -> RowStatistics:
-        return row_statistics(
-            self.logits(sequence.input_ids.tolist())[:-1].clone(),
-            torch.from_numpy(sequence.input_ids[1:].astype(np.int64)),
-            options,
-            uniforms=torch.from_numpy(sample_uniforms(sequence.input_ids, options)),
-        )
-
-
-class Server:
-    """What a vLLM server looks like from outside. `trouble(n)` may spoil the n-th scoring request."""
-
-    def __init__(self, pooled: StatisticsOptions | None) -> None:
-        self.pooled = pooled
-        self.models = [{"id": "tiny", "root": "/models/tiny", "max_model_len": LONGEST}]
-        self.trouble: Callable[[int], str] = lambda n: ""
-        self.requests = 0
-        self.inside = self.most_inside = 0
-        self.headers: list[dict[str, str]] = []
-        self.lock = threading.Lock()
-        self.http = LocalServer(self.handler())
-        self.url = self.http.url
-
-    def handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def log_message(self, *_: Any) -> None:
-                """Silent."""
-
-            def answer(self, status: int, body: bytes, promise: int | None = None) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body) if promise is None else promise))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def json(self, status: int, body: Any) -> None:
-                self.answer(status, json.dumps(body).encode())
-
-            def do_GET(self) -> None:
-                server.headers.append(dict(self.headers))
-                if self.path == "/v1/models":
-                    self.json(200, {"object": "list", "data": server.models})
-                elif self.path == "/version":
-                    self.json(200, {"version": "0.99"})
-                else:
-                    self.json(404, {"detail": "Not Found"})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                ids = body.get("input", body.get("prompt"))
-                with server.lock:
-                    server.requests += 1
-                    trouble = server.trouble(server.requests)
-                    server.inside += 1
-                    server.most_inside = max(server.most_inside, server.inside)
-                try:
-                    self.score(body, ids, trouble)
-                finally:
-                    with server.lock:
-                        server.inside -= 1
-
-            def score(self, body: dict[str, Any], ids: list[int], trouble: str) -> None:
-                if trouble == "500":
-                    return self.json(500, {"error": {"message": "EngineCore\nencountered an issue"}})
-                if trouble == "400":
-                    return self.json(400, {"error": {"message": "This model's maximum context length is 3"}})
-                if trouble == "slow":
-                    time.sleep(1.5)
-                if trouble == "reset":
-                    # Closing with this option set sends a reset.
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    self.close_connection = True
-                    return None
-                if trouble == "half":
-                    self.answer(200, b"x" * 40, promise=4000)
-                    self.close_connection = True
-                    return None
-                if trouble == "garbage":
-                    return self.answer(200, b"[1, 2, 3, 4]")
-                if server.pooled is not None and self.path == "/pooling":
-                    assert body["encoding_format"] == "bytes"
-                    return self.answer(200, BIGRAM.packed(ids, server.pooled))
-                if server.pooled is None and self.path == "/v1/completions":
-                    if max(ids) >= VOCABULARY:
-                        return self.json(400, {"error": {"message": f"Token id {max(ids)} is out of vocabulary"}})
-                    if body["prompt_logprobs"] > 20:
-                        return self.json(400, {"error": {"message": "prompt logprobs of 64, greater than max: 20"}})
-                    choice = {"prompt_logprobs": BIGRAM.prompt_logprobs(ids, body["prompt_logprobs"])}
-                    return self.json(200, {"choices": [choice]})
-                return self.json(404, {"detail": "Not Found"})
-
-        return Handler
-
-
-BIGRAM = Bigram()
-
-
 @pytest.fixture(params=["pooling", "completions"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    server = Server(POOLED if request.param == "pooling" else None)
+def server(request: pytest.FixtureRequest) -> Iterator[VllmDouble]:
+    server = VllmDouble(POOLED if request.param == "pooling" else None, BIGRAM)
     yield server
     server.http.close()
 
 
 @pytest.fixture
-def pooling() -> Iterator[Server]:
-    server = Server(POOLED)
+def pooling() -> Iterator[VllmDouble]:
+    server = VllmDouble(POOLED, BIGRAM)
     yield server
     server.http.close()
 
 
 @pytest.fixture
-def completions() -> Iterator[Server]:
-    server = Server(None)
+def completions() -> Iterator[VllmDouble]:
+    server = VllmDouble(None, BIGRAM)
     yield server
     server.http.close()
 
 
-def connect(server: Server, **options: Any) -> ServerTeacher:
+def connect(server: VllmDouble, **options: Any) -> ServerTeacher:
     wanted = PLAIN if server.pooled is None else POOLED
-    given = {"max_length": LONGEST - 1, "vocabulary_size": VOCABULARY, "patience": IMPATIENT, "concurrency": 3}
-    return ServerTeacher(server.url, options.pop("wanted", wanted), **{**given, **options})
+    given = {"vocabulary_size": VOCABULARY, "patience": IMPATIENT, "concurrency": 3}
+    url, serving = options.pop("url", server.url), options.pop("serving", SERVING)
+    return ServerTeacher(url, options.pop("wanted", wanted), serving, **{**given, **options})
 
 
 def assert_scored(scored: Scored, sequences: list[Sequence], options: StatisticsOptions, *, pooled: bool) -> None:
@@ -216,7 +91,7 @@ def assert_scored(scored: Scored, sequences: list[Sequence], options: Statistics
             assert np.isnan(found.entropy).all()
 
 
-def test_scores(server: Server) -> None:
+def test_scores(server: VllmDouble) -> None:
     teacher = connect(server)
     progress: list[int] = []
     scored = teacher.score(SEQUENCES, progress.append)
@@ -230,7 +105,7 @@ def test_scores(server: Server) -> None:
     teacher.close()
 
 
-def test_asks_several_at_a_time_and_no_more(pooling: Server) -> None:
+def test_asks_several_at_a_time_and_no_more(pooling: VllmDouble) -> None:
     teacher = connect(pooling, concurrency=4, patience=Patience(timeout=10))
     pooling.trouble = lambda n: "slow" if n < 6 else ""
     pooling.most_inside = 0
@@ -239,7 +114,7 @@ def test_asks_several_at_a_time_and_no_more(pooling: Server) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["500", "reset", "half", "slow"])
-def test_passing_trouble_is_waited_out(server: Server, trouble: str) -> None:
+def test_passing_trouble_is_waited_out(server: VllmDouble, trouble: str) -> None:
     teacher = connect(server)
     begin = server.requests
     server.trouble = lambda n: trouble if (n - begin) % 4 == 1 else ""
@@ -256,7 +131,7 @@ def test_passing_trouble_is_waited_out(server: Server, trouble: str) -> None:
         ("slow", "no answer within"),
     ],
 )
-def test_lasting_trouble_is_a_run_error(server: Server, trouble: str, told: str) -> None:
+def test_lasting_trouble_is_a_run_error(server: VllmDouble, trouble: str, told: str) -> None:
     teacher = connect(server)
     begin = server.requests
     server.trouble = lambda n: trouble if n > begin + 3 else ""
@@ -269,7 +144,7 @@ def test_lasting_trouble_is_a_run_error(server: Server, trouble: str, told: str)
     assert_scored(teacher.score(SEQUENCES, nothing), SEQUENCES, teacher.options, pooled=teacher.uses_pooler)
 
 
-def test_a_server_that_dies_half_way(pooling: Server) -> None:
+def test_a_server_that_dies_half_way(pooling: VllmDouble) -> None:
     teacher = connect(pooling)
 
     def stop(_: int) -> None:
@@ -280,7 +155,7 @@ def test_a_server_that_dies_half_way(pooling: Server) -> None:
         teacher.score(SEQUENCES * 4, stop)
 
 
-def test_a_refused_sequence_is_not_tried_again(server: Server) -> None:
+def test_a_refused_sequence_is_not_tried_again(server: VllmDouble) -> None:
     teacher = connect(server)
     begin = server.requests
     server.trouble = lambda n: "400"
@@ -290,14 +165,15 @@ def test_a_refused_sequence_is_not_tried_again(server: Server) -> None:
     assert server.requests == begin + 1
 
 
-def test_an_answer_of_another_kind(server: Server) -> None:
+def test_an_answer_of_another_kind(server: VllmDouble) -> None:
     teacher = connect(server)
     server.trouble = lambda n: "garbage"
-    with pytest.raises(RunError, match="not"):
+    told = "not the output" if server.pooled else "sequence 0: an answer without the prompt_logprobs that vLLM sends"
+    with pytest.raises(RunError, match=told):
         teacher.score(SEQUENCES[:1], nothing)
 
 
-def test_an_interrupt_does_not_wait_for_answers(pooling: Server) -> None:
+def test_an_interrupt_does_not_wait_for_answers(pooling: VllmDouble) -> None:
     teacher = connect(pooling, patience=Patience(timeout=60))
     begin = pooling.requests
     pooling.trouble = lambda n: "" if n == begin + 1 else "slow"
@@ -314,7 +190,7 @@ def test_an_interrupt_does_not_wait_for_answers(pooling: Server) -> None:
 # Before any sequence is sent
 
 
-def test_a_server_that_is_down(pooling: Server) -> None:
+def test_a_server_that_is_down(pooling: VllmDouble) -> None:
     pooling.http.close()
     with pytest.raises(UserError, match=r"no server answers .*; start it, or correct --server-url") as caught:
         connect(pooling)
@@ -328,20 +204,67 @@ def test_a_port_where_nobody_speaks() -> None:
         listener.listen()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(UserError, match=r"no answer within 0\.6 s"):
-            ServerTeacher(url, PLAIN, max_length=8, patience=IMPATIENT)
+            ServerTeacher(url, PLAIN, SERVING, patience=IMPATIENT)
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:port", ""])
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "http://", "http://x:port", "", "http://[::1", "http://x:0", "http://a..b", "http://x:99999"]
+)
 def test_no_url(url: str) -> None:
     with pytest.raises(UserError, match="expected http://host:port"):
-        ServerTeacher(url, PLAIN, max_length=8)
+        ServerTeacher(url, PLAIN, SERVING)
 
 
-def test_another_model(server: Server) -> None:
+def test_a_url_that_says_more(server: VllmDouble) -> None:
+    connect(server, url=f"{server.url}/v1").close()
+    connect(server, url=f"{server.url}/").close()
+    connect(server, url=server.url.removeprefix("http://")).close()
+    server.paths.clear()
+    connect(server, url=f"{server.url}/some/where/v1").close()
+    assert {path.removeprefix("/some/where") for path in server.paths} >= {"/v1/models", "/pooling", "/version"}
+    assert all(path.startswith("/some/where/") for path in server.paths)
+    with pytest.raises(UserError, match=r"without \? and #"):
+        connect(server, url=f"{server.url}/?key=1")
+    with pytest.raises(UserError, match="a key goes into PIPELINE_SERVER_KEY") as caught:
+        connect(server, url=server.url.replace("http://", "http://me:hunter2@"))
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(UserError, match="is it an http:// address"):
+        connect(server, url=server.url.replace("http://", "https://"))
+
+
+def test_a_redirection(server: VllmDouble) -> None:
+    server.refusals["/v1/models"] = (301, "", {"Location": "https://elsewhere/v1/models"})
+    with pytest.raises(UserError, match="sends on to https://elsewhere/v1/models; give the address"):
+        connect(server)
+
+
+def test_a_page_that_is_no_vllm(server: VllmDouble) -> None:
+    for body in ("<html>hello", "[" * 100_000):
+        server.refusals["/v1/models"] = (200, body, {})
+        with pytest.raises(UserError, match="does not answer in JSON; is this a vLLM server"):
+            connect(server)
+    server.refusals["/v1/models"] = (404, "nothing here", {})
+    with pytest.raises(UserError, match="answers 404 nothing here; is --server-url the address of a vLLM server"):
+        connect(server)
+
+
+def test_another_model(server: VllmDouble) -> None:
     for name in ("tiny", "/models/tiny"):
         connect(server, model=name).close()
     with pytest.raises(UserError, match="serves tiny, not large"):
         connect(server, model="large")
+    # Asked for by no name, it has to be called as the teacher is.
+    renamed = Serving("hub/Other-8B", "LlamaForCausalLM")
+    told = r"serves tiny \(loaded from /models/tiny\), the teacher here is hub/Other-8B; .* --server-model tiny"
+    with pytest.raises(UserError, match=told):
+        connect(server, serving=renamed)
+    connect(server, serving=renamed, model="tiny").close()
+    for root in ("/data/other-8b/", "/hub/models--hub--Other-8B/snapshots/0123", "hub/Other-8B"):
+        server.models[0]["root"] = root
+        connect(server, serving=renamed).close()
+    server.models[0]["max_model_len"] = "many"
+    with pytest.raises(UserError, match="gives tiny a max_model_len of 'many'"):
+        connect(server, model="tiny")
     server.models.append({"id": "second"})
     with pytest.raises(UserError, match="serves tiny, second; name one"):
         connect(server)
@@ -350,42 +273,212 @@ def test_another_model(server: Server) -> None:
         connect(server, model="large")
 
 
-def test_no_vllm_server(pooling: Server) -> None:
+def test_no_vllm_server(pooling: VllmDouble) -> None:
     pooling.models = [{"name": "x"}]
     with pytest.raises(UserError, match="is this a vLLM server"):
         connect(pooling)
 
 
-def test_another_vocabulary(server: Server) -> None:
+def test_another_vocabulary(server: VllmDouble) -> None:
     for expected in (VOCABULARY - 1, VOCABULARY + 1):
         with pytest.raises(UserError, match=str(expected)):
             connect(server, vocabulary_size=expected)
 
 
-def test_other_options(pooling: Server) -> None:
+def test_other_options(pooling: VllmDouble) -> None:
     with pytest.raises(UserError, match=r"keeps top 6.*asked for top 7.*--additional-config"):
         connect(pooling, wanted=StatisticsOptions(7, (2.0,), 2, seed=11))
     with pytest.raises(UserError, match=r"seed 11.*seed 12"):
         connect(pooling, wanted=StatisticsOptions(6, (2.0,), 2, seed=12))
 
 
-def test_too_short_a_server(server: Server) -> None:
+def test_too_short_a_server(server: VllmDouble) -> None:
     # A completion has one id more.
     limit = LONGEST if server.pooled is not None else LONGEST - 1
-    connect(server, max_length=limit).close()
-    with pytest.raises(UserError, match=f"up to {limit} ids, the longest here has {limit + 1}"):
-        connect(server, max_length=limit + 1)
+    teacher = connect(server)
+    teacher.check_length(limit)
+    with pytest.raises(
+        UserError, match=f"up to {limit} ids, the longest here has {limit + 1}; start it with: "
+    ) as caught:
+        teacher.check_length(limit + 1)
+    words = command_in(caught.value)
+    assert words[words.index("--max-model-len") + 1] == str(LONGEST + 1)
+    too_long = Sequence(0, np.zeros(limit + 1, np.int32), np.ones(limit, bool))
+    with pytest.raises(UserError, match=f"the longest here has {limit + 1}"):
+        teacher.score([too_long], nothing)
 
 
-def test_what_log_probabilities_cannot_give(completions: Server) -> None:
-    with pytest.raises(UserError, match=r"without our pooler.*cannot give --temperature .* and --tail-samples"):
+def test_a_whole_context_needs_our_pooler(completions: VllmDouble) -> None:
+    """vLLM refuses to read more than the model does, and a completion is one id more."""
+    teacher = connect(completions, serving=Serving("/models/tiny", "LlamaForCausalLM", context=LONGEST))
+    with pytest.raises(UserError, match=f"lower the longest length to {LONGEST - 1}, or start it with: ") as caught:
+        teacher.check_length(LONGEST)
+    assert "--pooler-config" in command_in(caught.value)
+
+
+def command_in(message: object) -> list[str]:
+    """The words of the command that a message ends with."""
+    words = shlex.split(str(message).partition("with: ")[2])
+    assert words[:3] == ["vllm", "serve", "/models/tiny"]
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+    return words
+
+
+def test_what_log_probabilities_cannot_give(completions: VllmDouble) -> None:
+    told = r"without our pooler.*cannot give --temperature .* and --tail-samples.*; for them start it with: vllm serve"
+    with pytest.raises(UserError, match=told):
         connect(completions, wanted=POOLED)
-    with pytest.raises(UserError, match="restart it with --max-logprobs 64"):
-        connect(completions, wanted=StatisticsOptions(64))
     with pytest.raises(UserError, match="does not tell its vocabulary"):
         connect(completions, vocabulary_size=None)
 
 
-def test_a_key_is_sent(pooling: Server) -> None:
-    connect(pooling, api_key="open-sesame").close()
-    assert pooling.headers[-1]["Authorization"] == "Bearer open-sesame"
+def test_why_there_is_only_the_top_n(completions: VllmDouble) -> None:
+    teacher = connect(completions)
+    (note,) = teacher.notes
+    assert f"{completions.url}/pooling answers 404, so the server runs without our pooler" in note
+    words = command_in(note)
+    assert {"--runner", "pooling", "--port", completions.url.rpartition(":")[2], "--served-model-name"} < set(words)
+    assert '{"teacher_logit_cache": {"top_n": 6,' in words[words.index("--additional-config") + 1]
+    completions.refusals["/pooling"] = (500, "The model does not support Pooling API", {})
+    assert "/pooling answers 500" in connect(completions).notes[0]
+
+
+def test_a_pooler_in_trouble_is_not_one_that_is_missing(completions: VllmDouble) -> None:
+    completions.refusals["/pooling"] = (503, "busy", {})
+    with pytest.raises(UserError, match="/pooling: answers 503 busy; try again"):
+        connect(completions)
+
+
+def test_a_pooler_says_nothing(pooling: VllmDouble) -> None:
+    assert connect(pooling).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "most"),
+    [
+        ("Requested prompt logprobs of {}, which is greater than max allowed: {} (parameter=x, value=1)", 13),
+        ("too many logprobs", 20),
+    ],
+)
+def test_as_many_as_a_server_allows(completions: VllmDouble, refusal: str, most: int) -> None:
+    completions.most, completions.refusal = most, refusal
+    asked = StatisticsOptions(64)
+    teacher = connect(completions, wanted=asked, may_keep_fewer=True)
+    assert teacher.options == StatisticsOptions(most)
+    assert f"the server allows the top {most}, so {most} are kept and not 64" in teacher.notes[1]
+    words = command_in(teacher.notes[1])
+    assert words[words.index("--max-logprobs") + 1] == "64"
+    assert_scored(teacher.score(SEQUENCES, nothing), SEQUENCES, teacher.options, pooled=False)
+    # Not where 64 was said, nor where no position may keep so few.
+    with pytest.raises(UserError, match=r"asked for 64; ask for fewer, or start it with: vllm serve .*logprobs 64"):
+        connect(completions, wanted=asked)
+    with pytest.raises(UserError, match="asked for 64"):
+        connect(completions, wanted=StatisticsOptions(64, tail_epsilon=0.1, min_n=32), may_keep_fewer=True)
+
+
+def test_a_server_that_allows_none(completions: VllmDouble) -> None:
+    completions.most = 0
+    with pytest.raises(UserError, match="allows the top 0, asked for 64; .* start it with: vllm serve"):
+        connect(completions, wanted=StatisticsOptions(64), may_keep_fewer=True)
+
+
+def test_a_key(server: VllmDouble) -> None:
+    server.key = "open-sesame"
+    connect(server, api_key="open-sesame").close()
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer open-sesame"}
+    with pytest.raises(UserError, match=r"wants a key \(401\); put the one .* into PIPELINE_SERVER_KEY"):
+        connect(server)
+    with pytest.raises(UserError, match="refuses the key that PIPELINE_SERVER_KEY holds") as caught:
+        connect(server, api_key="wrong-word")
+    assert "wrong-word" not in str(caught.value)
+    for bad in ("two\nlines", "schlüssel"):
+        with pytest.raises(UserError, match="a key has no line ends"):
+            connect(server, api_key=bad)
+
+
+# What it answers
+
+
+@pytest.mark.parametrize("added", [0.0, -4.0, -60.0, 900.0])
+def test_logits_are_no_log_probabilities(completions: VllmDouble, added: float) -> None:
+    """Also those that are all below 0, as some models' are."""
+    completions.raw = added
+    with pytest.raises(UserError, match=r"cannot be: sequence 0, position \d+: .*--logprobs-mode raw_logits"):
+        connect(completions)
+
+
+def entries(positions: list[Any], at: int) -> list[dict[str, Any]]:
+    return list(positions[at].values())
+
+
+def set_logprob(value: object) -> Callable[[list[Any]], object]:
+    def spoil(positions: list[Any]) -> list[Any]:
+        entries(positions, 1)[0]["logprob"] = value
+        return positions
+
+    return spoil
+
+
+def without_gold(positions: list[Any]) -> list[Any]:
+    del positions[1][next(iter(positions[1]))]
+    return positions
+
+
+def with_id(token: object) -> Callable[[list[Any]], object]:
+    def spoil(positions: list[Any]) -> list[Any]:
+        positions[1][str(token)] = {"logprob": -1.0, "rank": 1}
+        return positions
+
+    return spoil
+
+
+NO_NUMBER = "position 0: a log-probability or a rank that is no number"
+SPOILED = {
+    "string": (set_logprob("-1.5"), NO_NUMBER),
+    "null": (set_logprob(None), NO_NUMBER),
+    "true": (set_logprob(True), NO_NUMBER),
+    "false": (set_logprob(False), NO_NUMBER),
+    "nan": (set_logprob(math.nan), NO_NUMBER),
+    "infinity": (set_logprob(math.inf), NO_NUMBER),
+    "list": (set_logprob([]), NO_NUMBER),
+    "fewer": (lambda positions: positions[:-1], "positions, asked for"),
+    "more": (lambda positions: [*positions, positions[-1]], "positions, asked for"),
+    "none": (lambda positions: [], "log-probabilities of 0 positions"),
+    "no list": (lambda positions: None, "an answer without the prompt_logprobs"),
+    "null position": (lambda positions: [None, None, *positions[2:]], "position 0: not the log-probabilities"),
+    "beyond": (with_id(VOCABULARY), f"position 0: id {VOCABULARY}, the vocabulary has {VOCABULARY}"),
+    "huge": (with_id(10**30), f"the vocabulary has {VOCABULARY}"),
+    "word": (with_id("the"), "position 0: not the log-probabilities"),
+    "negative": (with_id(-1), f"the vocabulary has {VOCABULARY}"),
+    "no gold": (without_gold, r"position 0: (no log-probability of id|\d log-probabilities, asked for 6)"),
+    "few": (lambda p: [None, *({k: e for k, e in x.items() if e["rank"] == 1} for x in p[1:])], "asked for 6"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_an_answer_that_is_none(completions: VllmDouble, kind: str) -> None:
+    spoil, told = SPOILED[kind]
+    teacher = connect(completions)
+    completions.spoil = spoil
+    with pytest.raises(UserError, match=told) as probed:
+        connect(completions)
+    assert probed.type is UserError and "\n" not in str(probed.value)
+    # Also from a server that passed its probe.
+    with pytest.raises(RunError, match=rf"^{re.escape(completions.url)}: sequence 4: .*{told}") as scored:
+        teacher.score(SEQUENCES[4:5], nothing)
+    assert scored.type is RunError
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (0.5, "gold_logprob is 0.5, not a log-probability"),
+        (-1e300, "non-finite"),
+        (-0.001, r"disagrees|more probable|sum to"),
+    ],
+)
+def test_a_probe_that_cannot_be(completions: VllmDouble, value: float, told: str) -> None:
+    completions.spoil = set_logprob(value)
+    with pytest.raises(UserError, match=told) as caught:
+        connect(completions)
+    assert caught.type is UserError

@@ -1,0 +1,214 @@
+"""Requests to one server: connections that stay open, one per thread, and patience. The standard library alone.
+
+A question at the start (`once`) ends in a UserError where it stays without an answer; a request of the run
+(`patiently`) is tried again while its trouble may pass, and ends in a RunError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import socket
+import ssl
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from storage.errors import RunError, UserError
+
+# Where the key of a server that asks for one is taken from.
+KEY_VARIABLE = "PIPELINE_SERVER_KEY"
+# Worth another try: the server is busy, restarting, or behind a proxy that is.
+PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_LONGEST_WAIT = 30.0  # seconds between two tries
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for the server. Seconds; `attempts` per request, the first one included."""
+
+    attempts: int = 6
+    timeout: float = 600.0  # of one answer
+    connect_timeout: float = 10.0  # of the questions at the start
+    first_wait: float = 0.5  # doubled after each try
+
+
+class HttpClient:
+    """Asks the server at `url`, `http://host:port` with or without `/v1` and a path before it. `api_key`: a bearer
+    token. Raises UserError for what is no such address.
+    """
+
+    def __init__(self, url: str, api_key: str | None, patience: Patience) -> None:
+        parts = _split(url)
+        self._secure = parts.scheme == "https"
+        self._host, self._port = parts.hostname or "", parts.port
+        # Of vLLM itself: a proxy speaks TLS.
+        self.port = None if self._secure else parts.port
+        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
+        self._headers = {"Content-Type": "application/json", "Accept": "*/*"}
+        self._has_key = bool(api_key)
+        if api_key:
+            if not api_key.isascii() or not api_key.isprintable():
+                raise UserError(f"{KEY_VARIABLE}: a key has no line ends and no letters beyond ASCII")
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.patience = patience
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._open: set[http.client.HTTPConnection] = set()
+
+    def once(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and answer of one question at the start, asked again only while the server is busy.
+
+        Raises UserError without an answer, and for one that no other question would change: a redirection, a refused
+        key.
+        """
+        status, answer = 0, b""
+        # The first forward pass of a server may compile.
+        timeout = self.patience.connect_timeout if method == "GET" else self.patience.timeout
+        for attempt in range(3):
+            try:
+                status, answer, headers = self._exchange(method, path, body, timeout)
+            except TimeoutError:
+                raise UserError(
+                    f"{self.url}{path}: no answer within {timeout:g} s; is it up, and is this a vLLM server?"
+                ) from None
+            except (OSError, http.client.HTTPException) as error:
+                raise UserError(f"{self.url}: no server answers ({_cause(error)}); {self._remedy(error)}") from None
+            if 300 <= status < 400:
+                elsewhere = headers.get("Location") or "another address"
+                raise UserError(f"{self.url}{path}: sends on to {elsewhere}; give the address of the server itself")
+            if status in (401, 403):
+                raise UserError(f"{self.url}{path}: {self._refused(status)}")
+            if status not in PASSING:
+                break
+            time.sleep(min(self.patience.first_wait * 2**attempt, _LONGEST_WAIT))
+        return status, answer
+
+    def _refused(self, status: int) -> str:
+        if self._has_key:
+            return f"refuses the key that {KEY_VARIABLE} holds ({status})"
+        return f"wants a key ({status}); put the one that the server was started with into {KEY_VARIABLE}"
+
+    def _remedy(self, error: BaseException) -> str:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return "for a certificate of your own, let SSL_CERT_FILE name its authority's"
+        if isinstance(error, ssl.SSLError):
+            return "is it an http:// address?"
+        return "start it, or correct --server-url"
+
+    def patiently(self, path: str, body: dict[str, Any], stop: threading.Event) -> bytes:
+        """The body of a successful POST. Raises RunError after the last attempt, UserError for a refusal."""
+        trouble = ""
+        for attempt in range(self.patience.attempts):
+            if stop.is_set():
+                raise RunError("stopped")
+            retry_after = 0.0
+            try:
+                status, answer, headers = self._exchange("POST", path, body, self.patience.timeout)
+            except TimeoutError:
+                trouble = f"no answer within {self.patience.timeout:g} s"
+            except (OSError, http.client.HTTPException) as error:
+                trouble = _cause(error)
+            else:
+                if status == 200:
+                    return answer
+                if status in (401, 403):
+                    raise UserError(f"{self.url}{path}: {self._refused(status)}")
+                trouble = f"{status} {message_of(answer)}".strip()
+                if status not in PASSING:
+                    raise UserError(f"{self.url}{path}: refuses a sequence with {trouble}")
+                with contextlib.suppress(ValueError):
+                    retry_after = float(headers.get("Retry-After", ""))
+            if attempt + 1 < self.patience.attempts:
+                pause = min(self.patience.first_wait * 2**attempt, _LONGEST_WAIT) * random.uniform(0.75, 1.25)
+                stop.wait(max(pause, min(retry_after, _LONGEST_WAIT)))
+        raise RunError(
+            f"{self.url}: still failing after {self.patience.attempts} attempts (last: {trouble}); once the server is "
+            "up, start the same command again to go on"
+        )
+
+    def _exchange(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout: float
+    ) -> tuple[int, bytes, http.client.HTTPMessage]:
+        connection = self._connection(timeout)
+        try:
+            payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+            connection.request(method, self._prefix + path, payload, self._headers)
+            response = connection.getresponse()
+            answer = response.read()
+        except BaseException:
+            self._drop(connection)
+            raise
+        if response.will_close:
+            self._drop(connection)
+        return response.status, answer, response.headers
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+            connection = kind(self._host, self._port, timeout=timeout)
+            self._local.connection = connection
+            with self._lock:
+                self._open.add(connection)
+        connection.timeout = timeout
+        if connection.sock is not None:
+            connection.sock.settimeout(timeout)
+        return connection
+
+    def _drop(self, connection: http.client.HTTPConnection) -> None:
+        connection.close()
+        self._local.connection = None
+        with self._lock:
+            self._open.discard(connection)
+
+    def close(self) -> None:
+        """Close every connection; a thread that waits on one gets an error at once."""
+        with self._lock:
+            connections, self._open = list(self._open), set()
+        for connection in connections:
+            sock = connection.sock
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                sock.close()
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a server's address. Raises UserError, which never repeats a password."""
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.username is not None or parts.password is not None:
+            raise UserError(f"--server-url: no name and password in it; a key goes into {KEY_VARIABLE}")
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        # A name that no resolver can be asked for.
+        (parts.hostname or "").encode("idna")
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UserError(f"--server-url {url}: expected http://host:port")
+    if parts.query or parts.fragment:
+        raise UserError(f"--server-url {url}: expected http://host:port, without ? and #")
+    return parts
+
+
+def message_of(body: bytes) -> str:
+    """What an error answer says, in one short line."""
+    text = body.decode("utf-8", "replace")
+    try:
+        answer = json.loads(text)
+        answer = answer.get("error", answer) if isinstance(answer, dict) else answer
+        text = str(answer.get("message", answer.get("detail", text)) if isinstance(answer, dict) else answer)
+    except (ValueError, RecursionError):
+        pass
+    return " ".join(text.split())[:300]
+
+
+def _cause(error: BaseException) -> str:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(reason).split())[:200]
