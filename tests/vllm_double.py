@@ -1,4 +1,4 @@
-"""What a vLLM server looks like from outside, on loopback, with whatever may be wrong with one. Its model is a table."""
+"""What a vLLM server looks like from outside, on loopback, and what may be wrong with one. Its model is a table."""
 
 from __future__ import annotations
 
