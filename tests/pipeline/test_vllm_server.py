@@ -442,6 +442,9 @@ def test_the_page(
 @needs_vllm
 @pytest.mark.parametrize("words", [SERVING.stock(64, 100), SERVING.with_pooler(POOLED, 100)])
 def test_vllm_understands_what_messages_advise(words: str, forks: Forks) -> None:
+    """All of it: one word more is the only one that its program does not know."""
     advised = shlex.split(words)
-    process = forks.start("tests.pipeline.serve_words", *advised[advised.index("./teacher") + 1 :])
-    assert process.wait(30) == 0, process.said
+    more = ("--model", *advised[advised.index("./teacher") :], "--no-such-option")
+    process = forks.start("vllm.entrypoints.openai.api_server", *more)
+    assert process.wait(60) == 2, process.said
+    assert process.said.rstrip().endswith("error: unrecognized arguments: --no-such-option")

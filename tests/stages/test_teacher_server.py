@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import math
 import re
 import shlex
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,6 +235,40 @@ def test_a_url_that_says_more(server: VllmDouble) -> None:
     assert "hunter2" not in str(caught.value)
     with pytest.raises(UserError, match="is it an http:// address"):
         connect(server, url=server.url.replace("http://", "https://"))
+
+
+def test_a_certificate(pooling: VllmDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cryptography")
+    certificate = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    pooling.http.socket = context.wrap_socket(pooling.http.socket, server_side=True)
+    url = pooling.url.replace("http://", "https://")
+    with pytest.raises(UserError, match=r"certificate verify failed.*let SSL_CERT_FILE name its authority's"):
+        connect(pooling, url=url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    teacher = connect(pooling, url=url)
+    assert teacher.description.reason == f"tiny at {url}"
+    assert_scored(teacher.score(SEQUENCES, nothing), SEQUENCES, POOLED, pooled=True)
+    teacher.close()
+
+
+def self_signed(folder: Path) -> Path:
+    """A file with a key and a certificate of its own for 127.0.0.1."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    day, now = datetime.timedelta(days=1), datetime.datetime.now(datetime.UTC)
+    built = x509.CertificateBuilder(name, name, key.public_key(), 1, now - day, now + day)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = built.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain)
+    (folder / "server.pem").write_bytes(private + signed.public_bytes(encoding))
+    return folder / "server.pem"
 
 
 def test_a_redirection(server: VllmDouble) -> None:

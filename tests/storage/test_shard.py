@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import schema
+from storage import schema, shard
 from storage.cache import Cache
 from storage.errors import CacheError
 from storage.manifest import Manifest
@@ -96,6 +96,38 @@ def test_a_shift_is_found_from_one_row_on_and_that_row_is_named() -> None:
 def test_what_is_no_log_probability(name: str, value: float, position: int) -> None:
     problems = list(value_problems(with_value(name, position, value), MANIFEST))
     assert any(problem.startswith(f"{at(position)} {name} is {value:g}") for problem in problems), problems
+
+
+def test_gold_was_seen() -> None:
+    """Its log-probability is finite; a tail may be empty."""
+    problems = value_problems(with_value("gold_logprob", 5, -np.inf), MANIFEST)
+    assert f"{at(5)} gold_logprob is -inf, not a log-probability" in problems
+    assert not any(
+        "tail_logmass" in problem for problem in value_problems(with_value("tail_logmass", 5, -np.inf), MANIFEST)
+    )
+
+
+@pytest.mark.parametrize("entries", [1, 40, 1000, 1 << 30])
+def test_checking_in_parts_says_what_checking_the_whole_says(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "_CHECKED_ENTRIES", entries)
+    last, counts = POSITIONS - 1, values("top_count")
+    counts[3] += 1
+    counts[4] -= 1
+    bad = [
+        with_value("gold_logprob", last, 1.0),
+        with_value("top_ids", last * MANIFEST.scoring.top_n + 2, 40),
+        with_value("top_ids", 2, ROWS["top_ids"].values[5]),
+        replaced(ROWS, top_count=counts),
+        shifted(*TEACHER),
+    ]
+    for rows in bad:
+        assert value_problems(rows, MANIFEST) == list(shard._value_problems(rows, MANIFEST)) != []
+    assert value_problems(ROWS, MANIFEST) == []
+    empty = Rows(
+        ROWS.sequence_id[:0],
+        {name: Ragged(ragged.values[:0], np.zeros(1, np.int64)) for name, ragged in ROWS.lists.items()},
+    )
+    assert value_problems(empty, MANIFEST) == []
 
 
 @pytest.mark.parametrize("position", [0, 4, POSITIONS - 1])
