@@ -253,8 +253,7 @@ def value_problems(rows: Rows, manifest: Manifest) -> list[str]:
     """
     # Damaged numbers may overflow or be no numbers at all: every comparison below is written to find those.
     with np.errstate(all="ignore"):
-        # A shard is checked in parts that the caches hold, in a fifth of the time; where a part is bad, the whole is
-        # gone through again for the first bad row of every kind.
+        # In parts, which is faster; where one is bad, the whole again for the first bad row of every kind.
         if any(True for part in _parts(rows) for _ in _value_problems(part, manifest)):
             return list(_value_problems(rows, manifest))
         return []
@@ -414,9 +413,9 @@ def _repeats(counts: np.ndarray, ids: np.ndarray, drawn: np.ndarray | None = Non
 
     counts `[P]`, of `ids` `[E]`; drawn: as many at each of the P positions, which may repeat one another.
     """
-    if not len(counts) or not len(ids):
+    widest = int(counts.max(initial=0))
+    if not widest:
         return False
-    widest = int(counts.max())
     # Damaged counts must not ask for memory.
     if widest * len(counts) > _WIDEST_TABLE:
         return True

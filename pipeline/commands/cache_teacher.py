@@ -117,7 +117,8 @@ _TURNS = ("all", "last", "each")
     "--server-url",
     metavar="URL",
     show_default="none",
-    help="A running vLLM server, e.g. http://gpu7:8000, that scores instead of this machine.",
+    help="A running vLLM server, e.g. http://gpu7:8000, that scores instead of this machine; PIPELINE_SERVER_KEY holds "
+    "its key, if it wants one.",
 )
 @click.option("--server-model", metavar="NAME", show_default="the only one", help="Name of the teacher on that server.")
 @click.option("--server-concurrency", default=32, type=click.IntRange(1), help="Requests to the server at a time.")
