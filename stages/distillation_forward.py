@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from stages.causal_lm import BodyAndHead
+from stages.rope import SequenceRope
 from storage.errors import UserError
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -23,8 +24,9 @@ FromHidden = Callable[[torch.Tensor, Head, list[nn.Parameter]], Any]
 def install_distillation(model: Any) -> int:
     """Let `model(distillation=f, input_ids=[B, L], rows=[R])` return f of the hidden states; returns V.
 
-    rows: int64, indices into the flattened `[B * L]`. Right padding needs no mask: attention is causal; packed
-    sequences come with `position_ids` `[1, T]` (packing.py). A model that cannot be cut into body and head hands its
+    rows: int64, indices into the flattened `[B * L]`. Right padding needs no mask: attention is causal; `lengths` `[B]`
+    are the token ids of each row, for positions that depend on them (rope.py). Packed sequences come with
+    `position_ids` `[1, T]` instead (packing.py). A model that cannot be cut into body and head hands its
     full logits over as hidden states, with a head that does nothing.
     """
     own_forward = model.forward
@@ -35,15 +37,18 @@ def install_distillation(model: Any) -> int:
         parts.check(model, vocabulary)
     except UserError:
         parts = None
+    rope = SequenceRope(model)
 
     def forward(*args: Any, distillation: FromHidden | None = None, **kwargs: Any) -> Any:
         if distillation is None:
             return own_forward(*args, **kwargs)
-        rows = kwargs.pop("rows")
+        rows, lengths = kwargs.pop("rows"), kwargs.pop("lengths", None)
         if parts is None:
-            logits = own_forward(**kwargs, use_cache=False).logits
+            with rope.reading(lengths):
+                logits = own_forward(**kwargs, use_cache=False).logits
             return distillation(logits.flatten(0, 1)[rows], _identity, [])
-        hidden = parts.body(**kwargs).flatten(0, 1)[rows]
+        with rope.reading(lengths):
+            hidden = parts.body(**kwargs).flatten(0, 1)[rows]
         return distillation(hidden, parts.linear_head or parts.head, parts.head_parameters)
 
     model.forward = forward

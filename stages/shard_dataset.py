@@ -210,7 +210,8 @@ class Collator:
     for each cache of the run the number of its sketch, which then comes before its codes (`Sketches`); None where all
     have the same one.
 
-    The batch: `input_ids` int64 `[B, L]`, right-padded with 0, or packed `[1, T]` with `position_ids` int64 `[1, T]`;
+    The batch: `input_ids` int64 `[B, L]`, right-padded with 0, and `lengths` int64 `[B]`, or packed `[1, T]` with
+    `position_ids` int64 `[1, T]`;
     `rows` int64 `[R]`, index of each stored position in the flattened input; `sequence_of` int64 `[R]`; `source`
     int64 `[sequences]`, the cache each sequence comes from; `is_hard` bool `[R]`; and the fields of TeacherRows, in
     the dtypes of the shard. With the rank scope `global-batch`, `is_hard` is right where the batch is the whole
@@ -283,7 +284,7 @@ class Collator:
             return {"input_ids": ids[None].astype(np.int64), "position_ids": positions[None]}, starts
         padded = np.zeros((len(sequences), lengths.max()), np.int64)
         padded[np.arange(padded.shape[1]) < lengths[:, None]] = ids
-        return {"input_ids": padded}, np.arange(len(sequences)) * padded.shape[1]
+        return {"input_ids": padded, "lengths": lengths}, np.arange(len(sequences)) * padded.shape[1]
 
     def _is_hard(self, gold_logprob: np.ndarray, counts: np.ndarray) -> np.ndarray:
         scope, ratio = self.objective.rank_scope, self.objective.hard_ratio

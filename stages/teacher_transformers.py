@@ -14,6 +14,7 @@ import torch
 from stages.causal_lm import BodyAndHead
 from stages.corpus import Sequence as TokenSequence
 from stages.pretrained import load_causal_lm
+from stages.rope import SequenceRope
 from stages.sketch import HiddenMoments, Sketch
 from stages.sketch_calibration import calibrate_head, soft_cap_of
 from stages.statistics import (
@@ -67,6 +68,7 @@ class TransformersTeacher(Teacher):
         self._parts = BodyAndHead(self._model, fp32_head=True)
         self.vocabulary_size = self._model.get_output_embeddings().weight.shape[0]
         self._parts.check(self._model, self.vocabulary_size)
+        self._rope = SequenceRope(self._model)
         self._sketch: Sketch | None = None
         import transformers
 
@@ -98,8 +100,7 @@ class TransformersTeacher(Teacher):
         try:
             for batch in batches_by_tokens([len(s.input_ids) for s in sequences], self.batch_tokens):
                 chosen = [sequences[i] for i in batch]
-                input_ids, rows = _padded(chosen)
-                hidden = self._parts.body(torch.from_numpy(input_ids).to(self.device)).flatten(0, 1)
+                hidden, rows = self._hidden(chosen)
                 stored = rows[np.concatenate([s.loss_mask for s in chosen])]
                 moments = moments or HiddenMoments(hidden.shape[1], self.device)
                 moments.add(hidden[torch.from_numpy(stored).to(self.device)])
@@ -127,8 +128,14 @@ class TransformersTeacher(Teacher):
             "and start the same command again"
         )
 
-    def _score_batch(self, batch: list[TokenSequence], prior_sum: torch.Tensor) -> list[ScoredSequence]:
+    def _hidden(self, batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, np.ndarray]:
+        """The body's states of a padded batch, `[B * L, H]`, and where in them each scored position is."""
         input_ids, rows = _padded(batch)
+        lengths = torch.tensor([len(s.input_ids) for s in batch], device=self.device)
+        with self._rope.reading(lengths):
+            return self._parts.body(torch.from_numpy(input_ids).to(self.device)).flatten(0, 1), rows
+
+    def _score_batch(self, batch: list[TokenSequence], prior_sum: torch.Tensor) -> list[ScoredSequence]:
         gold = np.concatenate([s.input_ids[1:] for s in batch]).astype(np.int64)
         mask = np.concatenate([s.loss_mask for s in batch])
         uniforms = None
@@ -138,7 +145,7 @@ class TransformersTeacher(Teacher):
         if self.options.residual_samples:
             residuals = np.concatenate([residual_uniforms(s.input_ids, self.options) for s in batch])
 
-        hidden = self._parts.body(torch.from_numpy(input_ids).to(self.device)).flatten(0, 1)
+        hidden, rows = self._hidden(batch)
         size = rows_per_slice(self.vocabulary_size)
         parts: list[dict[str, np.ndarray]] = []
         for start in range(0, len(rows), size):

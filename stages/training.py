@@ -301,7 +301,7 @@ class _EpochLoader(DataLoader):
 
 
 def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: batch[name] for name in ("input_ids", "rows", "position_ids") if name in batch}
+    return {name: batch[name] for name in ("input_ids", "rows", "lengths", "position_ids") if name in batch}
 
 
 def _start_worker(worker: int) -> None:
