@@ -33,6 +33,14 @@ from stages.sketch_identity import claimed, residual_samples_of, sketch_there, w
 from stages.statistics import StatisticsOptions
 from stages.summary import Summary, equal_tail_samples, squared_masses, summarize
 from stages.teacher import Scored, Teacher
+from stages.teacher_checks import (
+    check_causal,
+    check_kind,
+    check_quantization,
+    context_length,
+    engine_length,
+    rope_of_vllm,
+)
 from storage.cache import SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity
@@ -138,6 +146,9 @@ class PreparedCache:
     tokenizer: PreTrainedTokenizerBase
     choice: Choice
     pending: list[int]
+    # Ids of a sequence that the engine is started for, and a sentence on what it does otherwise than the model.
+    engine_length: int
+    note: str | None = None
     # The bytes of the sketch, where there is to be one and it is known; its teacher, once it is loaded.
     sketch: bytes | None = None
     teacher: Teacher | None = None
@@ -185,6 +196,7 @@ def read_teacher(options: CacheOptions) -> TeacherFiles:
         "trust_remote_code": options.engine.trust_remote_code,
     }
     config = load_config(options.engine.teacher, **source)
+    check_kind(config, options.engine.teacher)
     vocabulary = int(config.get_text_config().vocab_size)
     identity = teacher_identity(options.engine.teacher, config)
     sketch, sketch_bytes = wanted_sketch(
@@ -231,6 +243,7 @@ def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
             end_ids=teacher.end_ids,
             template_arguments=options.chat.values(),
             template_time=template_time(options, teacher.tokenizer),
+            head=teacher.vocabulary_size,
             **options.columns,
         ),
     )
@@ -254,6 +267,9 @@ def prepare(options: CacheOptions) -> PreparedCache:
         may_keep_fewer=given_top_n is None,
     )
     statistics = choice.statistics or options.statistics()
+    if choice.engine == "transformers":
+        check_quantization(files.config, options.engine.teacher)
+    note = rope_of_vllm(files.config, choice, options.engine, files.max_length)
     corpus = read_corpus(options, files)
     if choice.teacher is not None:
         choice.teacher.check_length(int(corpus.lengths.max()))
@@ -296,7 +312,8 @@ def prepare(options: CacheOptions) -> PreparedCache:
     if cache is not None:
         _refuse_other_card(options, cache)
     pending = pending_shards(cache) if cache else list(range(len(manifest.shards)))
-    return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending, sketch_bytes)
+    longest = engine_length(files.config, int(corpus.lengths.max()), files.max_length)
+    return PreparedCache(options, manifest, corpus, files.tokenizer, choice, pending, longest, note, sketch_bytes)
 
 
 def _for_a_server(options: CacheOptions) -> CacheOptions:
@@ -386,12 +403,16 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
     """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on."""
     calibrate(prepared, lambda tokens: None)
     try:
+        if prepared.pending:
+            # Before the directory is claimed: a teacher that is refused leaves nothing behind.
+            prepared.teacher = prepared.teacher or load_teacher(prepared)
         cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
         if prepared.sketch is not None:
             keep_sketch(cache, prepared.sketch)
         _copy_tokenizer(prepared.tokenizer, cache)
         if prepared.pending:
-            teacher = prepared.teacher = prepared.teacher or load_teacher(prepared)
+            teacher = prepared.teacher
+            assert teacher is not None
             if prepared.manifest.scoring.sketch is not None:
                 teacher.use_sketch(from_file(cache.sketch()))
             cache_shards(cache, prepared.corpus, teacher, prepared.pending, progress)
@@ -422,14 +443,25 @@ def load_teacher(prepared: PreparedCache) -> Teacher:
         options.engine,
         options.statistics(),
         dtype=scoring.dtype,
-        max_length=int(prepared.corpus.lengths.max()),
+        max_length=prepared.engine_length,
     )
+    try:
+        _check_teacher(prepared, teacher)
+    except BaseException:
+        teacher.close()
+        raise
+    return teacher
+
+
+def _check_teacher(prepared: PreparedCache, teacher: Teacher) -> None:
+    """Raises RunError or UserError for a loaded teacher that is not what its configuration says, or reads ahead."""
+    options = prepared.options
     if teacher.vocabulary_size != prepared.manifest.vocabulary_size:
         raise RunError(
             f"{options.engine.teacher}: its head gives {teacher.vocabulary_size} logits, its configuration says "
             f"{prepared.manifest.vocabulary_size}; correct vocab_size in its config.json"
         )
-    return teacher
+    check_causal(teacher, prepared.corpus, options.engine.teacher)
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
@@ -447,9 +479,10 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
 
 
 def _max_length(options: CacheOptions, config: PretrainedConfig) -> int:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(config)
     if options.max_length is None:
-        return min(DEFAULT_MAX_LENGTH, context) if context else DEFAULT_MAX_LENGTH
+        stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return min(DEFAULT_MAX_LENGTH, stated) if stated else DEFAULT_MAX_LENGTH
     if context and options.max_length > context:
         raise UserError(f"--max-length {options.max_length}: the teacher reads at most {context} tokens")
     return options.max_length

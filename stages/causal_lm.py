@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 class _HandThrough(nn.Module):
     """Stands where the body was and returns the hidden states it is given as embeddings."""
 
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        # Not as a module of this one, or the head would seem to have the body's parameters.
+        self.__dict__["_body"] = body
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models call a part of their body (OPT its decoder), and that part is the body then."""
+        part = getattr(self.__dict__["_body"], name)
+        return self if isinstance(part, nn.Module) else part
+
     def forward(self, *args: Any, inputs_embeds: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -47,8 +57,8 @@ class BodyAndHead:
         if hasattr(model, "get_base_model"):
             # PEFT keeps its adapters inside the modules of the model it wraps.
             model = model.get_base_model()  # type: ignore[operator]
-        prefix = model.base_model_prefix
-        if prefix not in model._modules or model.get_output_embeddings() is None:
+        prefix = _body_name(model)
+        if prefix is None or model.get_output_embeddings() is None:
             raise UserError(
                 f"{type(model).__name__} has no separate body and output layer; score it with --engine vllm"
             )
@@ -56,7 +66,7 @@ class BodyAndHead:
         # Set by `check` where the head turns out to be its output layer and nothing else.
         self.linear_head: nn.Linear | None = None
         self._head = copy.copy(model)
-        self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough()}
+        self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough(self._body)}
         # One that was put on the instance (a trainer's, an offloader's) runs the whole model, not this copy.
         self._head.__dict__.pop("forward", None)
         output = model.get_output_embeddings()
@@ -110,3 +120,13 @@ class BodyAndHead:
             probe = probe.view(1, 4, -1)
             if torch.equal(self._head(inputs_embeds=probe, use_cache=False).logits, output(probe)):
                 self.linear_head = output
+
+
+def _body_name(model: PreTrainedModel) -> str | None:
+    """Where the body is: at the model's own prefix or, where nothing is there, the only inner transformers model."""
+    from transformers import PreTrainedModel
+
+    if model.base_model_prefix in model._modules:
+        return model.base_model_prefix
+    inner = [name for name, module in model._modules.items() if isinstance(module, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else None

@@ -58,6 +58,7 @@ class CorpusOptions:
     end_ids: tuple[int, ...] = ()
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     template_time: datetime | None = None
+    head: int | None = None  # width of the teacher's head; a row with an id beyond it is refused
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

@@ -35,30 +35,33 @@ PROBES = (
 
 
 def teacher_identity(name: str, config: PretrainedConfig) -> TeacherIdentity:
-    """The model behind `name`: its hub commit where it has one, its weights' fingerprint where it is a directory."""
+    """The model behind `name`: its hub commit where it has one, its weights' fingerprint where they lie here."""
     plain = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     text = json.dumps(plain, sort_keys=True, default=str)
     architectures = getattr(config, "architectures", None) or [type(config).__name__]
     path = Path(name)
     return TeacherIdentity(
-        name=path.name if path.is_dir() else name,
+        name=path.name if path.exists() else name,
         revision=getattr(config, "_commit_hash", None),
         architecture=architectures[0],
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        weights=weights_fingerprint(path) if path.is_dir() else None,
+        weights=weights_fingerprint(path) if path.exists() else None,
     )
 
 
-def weights_fingerprint(directory: Path) -> str:
-    """sha256 over name, length and 64 evenly spread blocks of 64 KiB of every weight file.
+def weights_fingerprint(model: Path) -> str:
+    """Return the sha256 over name, length and 64 evenly spread blocks of 64 KiB of every weight file.
+
+    model: a directory, or a file that holds all weights.
 
     Reading 140 GB to hash it would cost minutes at every start; another training run of the same model differs in
     practically every block.
     """
     digest = hashlib.sha256()
-    files = sorted(p for p in directory.iterdir() if p.name.endswith(_WEIGHT_ENDINGS))
+    entries = model.iterdir() if model.is_dir() else [model]
+    files = sorted(p for p in entries if p.name.endswith(_WEIGHT_ENDINGS))
     if not files:
-        raise UserError(f"{directory}: holds no weights ({', '.join(_WEIGHT_ENDINGS)})")
+        raise UserError(f"{model}: holds no weights ({', '.join(_WEIGHT_ENDINGS)})")
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

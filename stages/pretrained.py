@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.gguf_file import source_of, unpacked
 from stages.hub import offline_reason
+from stages.tokenizer_checks import refuse_drawing
 from storage.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 def _explain(name: str, what: str, error: Exception) -> UserError:
     if Path(name).exists():
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return UserError(f"{name}: no {what} can be loaded from this directory ({reason[:200]})")
+        kind = "directory" if Path(name).is_dir() else "file"
+        return UserError(f"{name}: no {what} can be loaded from this {kind} ({reason[:200]})")
     if offline := offline_reason():
         return UserError(
             f"{name}: no such directory, no {what} of that name was downloaded before, and none can be now "
@@ -34,22 +37,33 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
     _look_for(name, "model configuration")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(**source_of(name), revision=revision, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a configuration's own checks, and GGUF's reader, raise what they like
         raise _explain(name, "model configuration", error) from None
 
 
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Raises UserError where there is none."""
+    """Raises UserError where there is none, or it gives the same text other ids each time."""
     from transformers import AutoTokenizer
 
     _look_for(name, "tokenizer")
+    source = source_of(name)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **source,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            # Where mistral-common is installed, a `tekken.json` would else get a tokenizer that cannot do what ours must.
+            mistral_format=False,
+        )
     except Exception as error:  # noqa: BLE001 - the tokenizer loaders raise whatever their parsers raise
         raise _explain(name, "tokenizer", error) from None
+    refuse_drawing(tokenizer, name)
+    return tokenizer
 
 
 def load_end_ids(
@@ -71,13 +85,17 @@ def load_end_ids(
 def load_causal_lm(
     name: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """Raises UserError where the weights are missing, damaged or not a causal LM's."""
-    from transformers import AutoModelForCausalLM
+    """Raises UserError where the weights are missing, damaged or not a causal LM's.
 
+    A model that also takes images or sound is loaded whole, and reads text alone.
+    """
     _look_for(name, "causal language model")
+    source = source_of(name)
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+        loaded: Any = _auto_class(config).from_pretrained(
+            **source,
+            **unpacked(source),
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -93,10 +111,27 @@ def load_causal_lm(
     return model
 
 
+def is_quantized(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint's weights are quantised (and are no GGUF file's, which are unpacked)."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model of this configuration to predict the next token."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    named = getattr(config, "auto_map", None) or {}
+    kind = type(config)
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in named:
+        return AutoModelForCausalLM
+    return AutoModelForMultimodalLM if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
+
+
 def _look_for(name: str, what: str) -> None:
     """A name that can only be a path is answered at once, and a hub's client is not sent into a dead line."""
     if Path(name).exists():
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such directory to load a {what} from")
+        raise UserError(f"{name}: no such directory or file to load a {what} from")
     offline_reason()

@@ -14,6 +14,7 @@ from stages.encode import check_text, encode_spans, has_special_text
 from stages.parquet_files import UNSUPPORTED
 from stages.records import Encoded, EncodedRow, records
 from stages.rows import Origin, Rows, decode_columns
+from stages.teacher_checks import refuse_beyond_head
 from storage.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ class RowEncoder:
         try:
             columns = decode_columns(batch, names, self.encoded, self.features)
             rows = self._encode(indices, dict(zip(names, columns, strict=True)))
+            if self.options.head is not None:
+                longest = self.options.max_length if self.options.overlong == "cut" else None
+                refuse_beyond_head(
+                    rows, indices, head=self.options.head, longest=longest, tokenizer=self.tokenizer, origin=self.origin
+                )
         except RecursionError as error:
             raise UserError(
                 f"A row is nested too deeply to be read, {self.origin.where(indices[0])} or one of the "

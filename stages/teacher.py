@@ -97,13 +97,16 @@ class Teacher(ABC):
         """Free the accelerator and end any process of the engine."""
 
 
-def check_sequences(sequences: Sequence[TokenSequence], max_length: int, vocabulary_size: int | None) -> None:
-    """UserError for a sequence that the engine could only refuse."""
+def check_sequences(
+    sequences: Sequence[TokenSequence], max_length: int | None, vocabulary_size: int | None
+) -> None:
+    """UserError for a sequence that the engine could only refuse. None: no limit is known."""
     for sequence in sequences:
         ids = sequence.input_ids
-        if not 2 <= len(ids) <= max_length:
+        if len(ids) < 2 or (max_length is not None and len(ids) > max_length):
+            most = "or more" if max_length is None else f"to {max_length}"
             raise UserError(
-                f"sequence {sequence.sequence_id} has {len(ids)} ids; the teacher takes 2 to {max_length} of them"
+                f"sequence {sequence.sequence_id} has {len(ids)} ids; the teacher takes 2 {most} of them"
             )
         if vocabulary_size is not None and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary_size):
             raise UserError(

@@ -82,6 +82,8 @@ class ServerTeacher(Teacher):
             if not self.uses_pooler:
                 self.options = without_pooler or options
                 self._check_completions(vocabulary_size)
+            # By which it may choose how positions are encoded.
+            self.served_length = self._max_model_len
             version = self._version()
         except BaseException:
             self._http.close()

@@ -7,13 +7,14 @@ the statistics run on slices of rows, so that no `[tokens, vocabulary]` tensor e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from stages.causal_lm import BodyAndHead
 from stages.corpus import Sequence as TokenSequence
-from stages.pretrained import load_causal_lm
+from stages.pretrained import is_quantized, load_causal_lm, load_config
 from stages.rope import SequenceRope
 from stages.sketch import HiddenMoments, Sketch
 from stages.sketch_calibration import calibrate_head, soft_cap_of
@@ -25,7 +26,7 @@ from stages.statistics import (
     rows_per_slice,
     sample_uniforms,
 )
-from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher
+from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher, check_sequences
 from storage.errors import RunError
 
 # What every scored position has; the rest is of those with a loss.
@@ -60,10 +61,13 @@ class TransformersTeacher(Teacher):
         self.options = options
         self.batch_tokens = batch_tokens
         self.device = torch.device(device) if device is not None else default_device()
-        loaded = load_causal_lm(
-            model, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code
-        )
-        loaded.to(device=self.device)  # type: ignore[call-arg]
+        source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if is_quantized(load_config(model, **source)):
+            # Some kinds of quantised weights cannot be moved once they are loaded.
+            loaded = load_causal_lm(model, dtype=getattr(torch, dtype), device_map={"": self.device}, **source)
+        else:
+            loaded = load_causal_lm(model, dtype=getattr(torch, dtype), **source)
+            loaded.to(device=self.device)  # type: ignore[call-arg]
         self._model = loaded.eval()
         self._parts = BodyAndHead(self._model, fp32_head=True)
         self.vocabulary_size = self._model.get_output_embeddings().weight.shape[0]
@@ -78,6 +82,7 @@ class TransformersTeacher(Teacher):
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[TokenSequence], progress: Callable[[int], None]) -> Scored:
+        check_sequences(sequences, None, self.vocabulary_size)
         results: list[ScoredSequence | None] = [None] * len(sequences)
         # MPS has no float64, so there the sum lives on the CPU.
         place = torch.device("cpu") if self.device.type == "mps" else self.device

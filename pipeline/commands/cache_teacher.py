@@ -245,6 +245,8 @@ def command(**given: Any) -> None:
     click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     for note in prepared.choice.notes:
         click.echo(f"engine: {note}", err=True)
+    if prepared.note:
+        click.echo(prepared.note, err=True)
     total, waiting = len(prepared.manifest.shards), len(prepared.pending)
     if waiting == total:
         click.echo(f"{total} shards to score", err=True)

@@ -1,0 +1,167 @@
+"""Models that cannot be a teacher, and ids that a teacher cannot read: known before a shard is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from stages.corpus import Corpus
+    from stages.engines import Choice, EngineOptions
+    from stages.rows import Origin
+    from stages.teacher import Teacher
+
+# Tasks by which transformers names classes without a head that predicts the next token.
+_OTHER_TASKS = re.compile(
+    r"For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|"
+    r"NextSentencePrediction|Seq2SeqLM|ImageClassification|RewardModel|TextEncoding)$"
+)
+# Ids of the two sequences by which a model is asked whether it looks ahead.
+_ASKED = 16
+# Largest difference in nats that rounding makes of the same prefix in two sequences of the same length.
+_TOLERANCE = {"float32": 1e-3}
+_TOLERANCE_HALF = 0.25
+
+
+def check_kind(config: PretrainedConfig, name: str) -> None:
+    """Raises UserError where the configuration alone says that the model does not predict the next token."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name}: is an encoder-decoder model ({config.model_type}), which reads a whole input before it writes; "
+            "a teacher must be a causal language model"
+        )
+    named = list(getattr(config, "architectures", None) or [])
+    if named and all(_OTHER_TASKS.search(str(architecture)) for architecture in named):
+        raise UserError(
+            f"{name}: its configuration names {named[0]}, which does not predict the next token from the ones before; "
+            "a teacher must be a causal language model"
+        )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that the model reads at most; None where its configuration does not say."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if not context:
+        return None
+    # `dynamic` rope stretches beyond the context that a configuration states, by as much as its factor.
+    factors = [rope.get("factor") or 1 for rope in rope_parameters(config) if rope.get("rope_type") == "dynamic"]
+    return int(context * max([1, *factors]))
+
+
+def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rope parameters of a configuration: one dictionary for all layers, or one for each type of layer."""
+    given = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if "rope_type" in given:
+        return [given]
+    return [value for value in given.values() if isinstance(value, dict)]
+
+
+def rope_of_vllm(config: PretrainedConfig, choice: Choice, options: EngineOptions, max_length: int) -> str | None:
+    """Say how vLLM's scores differ from the model's own where rope depends on a sequence's length; else None.
+
+    max_length: ids of the longest sequence that the engine is started for. Raises UserError where vLLM has no such rope.
+    """
+    if choice.engine == "transformers":
+        return None
+    # What vLLM calls max_model_len; a completion has one id more.
+    given = options.vllm_args.get("max_model_len"), getattr(choice.teacher, "served_length", None)
+    own = max_length + choice.engine.endswith("prompt-logprobs")
+    longest = max([own, *(int(str(length)) for length in given if str(length).isdigit())])
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for rope in rope_parameters(config):
+        kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+        if kind == "longrope" and original and longest > original:
+            return (
+                f"vLLM uses this teacher's long rope factors for every sequence, since it takes up to {longest} tokens, "
+                f"more than {original}; the transformers engine chooses the factors for each sequence"
+            )
+        if kind == "dynamic" and context and max_length > context:
+            raise UserError(
+                f"--max-length {max_length}: vLLM does not stretch this teacher's dynamic rope beyond its {context} "
+                f"tokens; choose --engine transformers, or --max-length {context} at most"
+            )
+    return None
+
+
+def engine_length(config: PretrainedConfig, longest: int, max_length: int) -> int:
+    """Return the ids of a sequence that an engine is started for.
+
+    The longest there is, unless vLLM chooses rope factors by it: then the scores of a sequence must not depend on the
+    rest of the corpus, and an audit must be able to ask for the same.
+    """
+    kinds = {rope.get("rope_type") for rope in rope_parameters(config)}
+    return max_length if "longrope" in kinds else longest
+
+
+def refuse_beyond_head(
+    rows: Iterable[Any], indices: Iterable[int], *, head: int, longest: int | None, tokenizer: Any, origin: Origin
+) -> None:
+    """Raises UserError for the first row with a token id that the teacher's head of this width does not have.
+
+    rows: what each row became: None, (ids, mask), or several of those. longest: ids of a row that are kept; None: all.
+    """
+    for row, index in zip(rows, indices, strict=True):
+        for part in row if isinstance(row, list) else [row]:
+            if part is None or not len(part[0]):
+                continue
+            ids = np.asarray(part[0])[:longest]
+            if (largest := int(ids.max())) >= head:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise UserError(
+                    f"The token {token!r} in {origin.where(index)} has id {largest}, and the teacher knows only ids "
+                    f"below {head}: its tokenizer has tokens that the model was never given; remove them from the "
+                    "text or from the tokenizer."
+                )
+
+
+def check_causal(teacher: Teacher, corpus: Corpus, name: str) -> None:
+    """Raises UserError where what comes later in a sequence changes what the teacher says before it.
+
+    Two sequences that begin with the same ids are scored: their beginnings must have the same log-probabilities.
+    """
+    from stages.corpus import Sequence
+
+    length = min(_ASKED, int(corpus.lengths.max()))
+    if length < 3:
+        return
+    longest = int(corpus.lengths.argmax())
+    first = np.array(corpus.read(longest, longest + 1)[0].input_ids[:length])
+    shared = max(2, length // 2)
+    second = first.copy()
+    second[shared:] = (first[shared:] + 1) % teacher.vocabulary_size
+    mask = np.ones(length - 1, bool)
+    scored = teacher.score([Sequence(0, first, mask), Sequence(1, second, mask)], lambda tokens: None).sequences
+    one, other = (each.gold_logprob[: shared - 1] for each in scored)
+    difference = float(np.abs(one - other).max())
+    if not difference <= _TOLERANCE.get(teacher.description.dtype, _TOLERANCE_HALF):
+        raise UserError(
+            f"{name}: reads ahead: other tokens later in a sequence change the log-probabilities before them by "
+            f"{difference:.2g} nats; a teacher must be a causal language model"
+        )
+
+
+def check_quantization(config: PretrainedConfig, name: str) -> None:
+    """Raises UserError where transformers cannot read a quantised checkpoint here, with the package it misses."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    from transformers.quantizers import AutoHfQuantizer
+
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    try:
+        quantizer = AutoHfQuantizer.from_config(given, pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except Exception as error:  # noqa: BLE001 - each method's own packages raise what they like
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{name}: its weights are quantised ({getattr(method, 'value', method)}), which transformers cannot read "
+            f"here ({reason}); install what is missing, or choose --engine vllm"
+        ) from None
