@@ -454,7 +454,7 @@ def load_teacher(prepared: PreparedCache) -> Teacher:
 
 
 def _check_teacher(prepared: PreparedCache, teacher: Teacher) -> None:
-    """Raises RunError or UserError for a loaded teacher that is not what its configuration says, or reads ahead."""
+    """Refuse a loaded teacher that is not what its configuration says, or reads ahead. Raises RunError or UserError."""
     options = prepared.options
     if teacher.vocabulary_size != prepared.manifest.vocabulary_size:
         raise RunError(

@@ -28,7 +28,7 @@ class _HandThrough(nn.Module):
         self.__dict__["_body"] = body
 
     def __getattr__(self, name: str) -> Any:
-        """Some models call a part of their body (OPT its decoder), and that part is the body then."""
+        """Give the parts of the body, which some models call (OPT its decoder): each hands through, too."""
         part = getattr(self.__dict__["_body"], name)
         return self if isinstance(part, nn.Module) else part
 
@@ -123,7 +123,7 @@ class BodyAndHead:
 
 
 def _body_name(model: PreTrainedModel) -> str | None:
-    """Where the body is: at the model's own prefix or, where nothing is there, the only inner transformers model."""
+    """Find the body: at the model's own prefix or, where nothing is there, the only inner transformers model."""
     from transformers import PreTrainedModel
 
     if model.base_model_prefix in model._modules:

@@ -27,7 +27,8 @@ def install_distillation(model: Any) -> int:
     rows: int64, indices into the flattened `[B * L]`. Right padding needs no mask: attention is causal; `lengths` `[B]`
     are the token ids of each row, for positions that depend on them (rope.py). Packed sequences come with
     `position_ids` `[1, T]` instead (packing.py). A model that cannot be cut into body and head hands its
-    full logits over as hidden states, with a head that does nothing.
+    full logits over as hidden states, with a head that does nothing. Raises UserError for a model that sees the tokens
+    it is to predict.
     """
     own_forward = model.forward
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -38,6 +39,7 @@ def install_distillation(model: Any) -> int:
     except UserError:
         parts = None
     rope = SequenceRope(model)
+    _refuse_reading_ahead(model, vocabulary)
 
     def forward(*args: Any, distillation: FromHidden | None = None, **kwargs: Any) -> Any:
         if distillation is None:
@@ -53,6 +55,26 @@ def install_distillation(model: Any) -> int:
 
     model.forward = forward
     return vocabulary
+
+
+@torch.no_grad()
+def _refuse_reading_ahead(model: Any, vocabulary: int) -> None:
+    """Refuse a model whose logits change with later ids. Raises UserError."""
+    device = next(model.parameters()).device
+    ids = (torch.arange(1, 9, device=device)[None] * 7919) % vocabulary
+    other = torch.cat([ids[:, :4], (ids[:, 4:] + 1) % vocabulary], 1)
+    was_training = model.training
+    model.eval()
+    try:
+        one, two = (model(input_ids=each, use_cache=False).logits[0, :4].float() for each in (ids, other))
+    finally:
+        model.train(was_training)
+    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    if (one - two).abs().max().item() > (5e-2 if half else 1e-4) * max(1.0, one.abs().max().item()):
+        raise UserError(
+            f"{type(model).__name__} reads ahead: later tokens change what it says of earlier ones, so it would be "
+            "trained on what it already sees; a student must be a causal language model"
+        )
 
 
 def compile_body(model: Any, backend: str, mode: str | None) -> None:

@@ -15,7 +15,7 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
 def gguf_of(name: str) -> Path | None:
-    """The GGUF file that `name` means: the file itself, or the only weights of a directory; None for other models.
+    """Return the GGUF file that `name` means: itself, or the only weights of a directory; None for other models.
 
     Raises UserError where there are several, where it is a part of a split one, or the gguf package is missing.
     """
@@ -38,7 +38,7 @@ def gguf_of(name: str) -> Path | None:
 
 
 def source_of(name: str) -> dict[str, Any]:
-    """The arguments by which every `from_pretrained` of transformers finds the model called `name`."""
+    """Return the arguments by which every `from_pretrained` of transformers finds the model called `name`."""
     path = gguf_of(name)
     if path is None:
         return {"pretrained_model_name_or_path": name}
@@ -46,7 +46,7 @@ def source_of(name: str) -> dict[str, Any]:
 
 
 def unpacked(source: dict[str, Any]) -> dict[str, Any]:
-    """What makes transformers unpack a GGUF file's weights at once, so that a device computes as every other does."""
+    """Return the option by which transformers unpacks a GGUF file's weights at once, the same on every device."""
     import transformers
 
     if "gguf_file" not in source or not hasattr(transformers, "GgufConfig"):

@@ -57,9 +57,10 @@ def load_tokenizer(
             **source,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            # Where mistral-common is installed, a `tekken.json` would else get a tokenizer that cannot do what ours must.
+            # Where mistral-common is installed, its tokenizer would else take every `tekken.json`, and offer less.
             mistral_format=False,
         )
+        tokenizer = _whole_tekken(tokenizer)
     except Exception as error:  # noqa: BLE001 - the tokenizer loaders raise whatever their parsers raise
         raise _explain(name, "tokenizer", error) from None
     refuse_drawing(tokenizer, name)
@@ -73,13 +74,30 @@ def load_end_ids(
     from transformers import GenerationConfig
 
     try:
-        found: Any = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
+        # A GGUF file would be read as if it were JSON.
+        stated = None if Path(name).is_file() else GenerationConfig.from_pretrained(name, revision=revision or "main")
+        found: Any = getattr(stated, "eos_token_id", None)
     except Exception:  # noqa: BLE001 - a model may come without one, and then its config says
         found = None
     for source in (config, config.get_text_config()):
         found = getattr(source, "eos_token_id", None) if found is None else found
     ids = found if isinstance(found, (list, tuple)) else [found]
     return tuple(int(each) for each in ids if each is not None)
+
+
+def _whole_tekken(tokenizer: Any) -> Any:
+    """Add what transformers leaves out where a `tekken.json` is all there is.
+
+    Namely the special tokens, the beginning of text that Mistral's models want, and the chat template.
+    """
+    file = tokenizer.init_kwargs.get("vocab_file")
+    if tokenizer.eos_token is not None or not (isinstance(file, str) and Path(file).name == "tekken.json"):
+        return tokenizer
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+    whole: Any = convert_tekken_tokenizer(file)
+    whole.add_bos_token = True
+    return whole
 
 
 def load_causal_lm(
@@ -112,12 +130,12 @@ def load_causal_lm(
 
 
 def is_quantized(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint's weights are quantised (and are no GGUF file's, which are unpacked)."""
+    """Tell whether the checkpoint's weights are quantised; a GGUF file's are unpacked, and do not count."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that loads a model of this configuration to predict the next token."""
+    """Return the class of transformers that loads a model of this configuration to predict the next token."""
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 

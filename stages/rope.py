@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 class SequenceRope:
-    """The rotary modules of a loaded model whose frequencies depend on length; from now on they go by sequence."""
+    """Find the rotary modules of a loaded model whose frequencies depend on length; from now on they go by sequence."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: list[_BySequence] = []
@@ -36,7 +33,7 @@ class SequenceRope:
 
     @contextmanager
     def reading(self, lengths: torch.Tensor | None) -> Iterator[None]:
-        """While the model reads right-padded rows. lengths: int64 `[B]`, token ids of each row.
+        """Let the model read right-padded rows. lengths: int64 `[B]`, token ids of each row.
 
         None: every row is full, or holds packed sequences whose positions start anew.
         """
@@ -50,7 +47,7 @@ class SequenceRope:
 
 
 class _BySequence:
-    """Stands in for the `forward` of one rotary module."""
+    """Stand in for the `forward` of one rotary module."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
@@ -85,7 +82,7 @@ class _BySequence:
         return tuple(whole) if is_tuple else whole[0]
 
     def _lengths(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """int64 `[B, L]`: the length of the sequence that each token belongs to."""
+        """Return int64 `[B, L]`: the length of the sequence that each token belongs to."""
         if self.lengths is not None:
             return self.lengths[:, None].expand(-1, position_ids.shape[1])
         sequence = ((position_ids == 0).cumsum(1) - 1).clamp(min=0)
@@ -118,5 +115,5 @@ def _depends_on_length(kind: Any) -> bool:
 
 
 def _kinds(rope_type: Any) -> dict[str | None, Any]:
-    """The kind of rope of each type of layer; under None where all have the same."""
+    """Return the kind of rope of each type of layer; under None where all have the same."""
     return rope_type if isinstance(rope_type, dict) else {None: rope_type}

@@ -97,17 +97,13 @@ class Teacher(ABC):
         """Free the accelerator and end any process of the engine."""
 
 
-def check_sequences(
-    sequences: Sequence[TokenSequence], max_length: int | None, vocabulary_size: int | None
-) -> None:
+def check_sequences(sequences: Sequence[TokenSequence], max_length: int | None, vocabulary_size: int | None) -> None:
     """UserError for a sequence that the engine could only refuse. None: no limit is known."""
     for sequence in sequences:
         ids = sequence.input_ids
         if len(ids) < 2 or (max_length is not None and len(ids) > max_length):
             most = "or more" if max_length is None else f"to {max_length}"
-            raise UserError(
-                f"sequence {sequence.sequence_id} has {len(ids)} ids; the teacher takes 2 {most} of them"
-            )
+            raise UserError(f"sequence {sequence.sequence_id} has {len(ids)} ids; the teacher takes 2 {most} of them")
         if vocabulary_size is not None and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary_size):
             raise UserError(
                 f"sequence {sequence.sequence_id} holds id {int(ids.max())}, the teacher's vocabulary has "

@@ -31,7 +31,7 @@ _TOLERANCE_HALF = 0.25
 
 
 def check_kind(config: PretrainedConfig, name: str) -> None:
-    """Raises UserError where the configuration alone says that the model does not predict the next token."""
+    """Refuse a model whose configuration alone says that it does not predict the next token. Raises UserError."""
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"{name}: is an encoder-decoder model ({config.model_type}), which reads a whole input before it writes; "
@@ -46,7 +46,7 @@ def check_kind(config: PretrainedConfig, name: str) -> None:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that the model reads at most; None where its configuration does not say."""
+    """Return how many tokens the model reads at most; None where its configuration does not say."""
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     if not context:
@@ -57,7 +57,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """The rope parameters of a configuration: one dictionary for all layers, or one for each type of layer."""
+    """Return the rope parameters of a configuration: one dictionary for all layers, or one for each type of layer."""
     given = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if "rope_type" in given:
         return [given]
@@ -67,7 +67,7 @@ def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
 def rope_of_vllm(config: PretrainedConfig, choice: Choice, options: EngineOptions, max_length: int) -> str | None:
     """Say how vLLM's scores differ from the model's own where rope depends on a sequence's length; else None.
 
-    max_length: ids of the longest sequence that the engine is started for. Raises UserError where vLLM has no such rope.
+    max_length: ids of the longest sequence. Raises UserError where vLLM has no such rope.
     """
     if choice.engine == "transformers":
         return None
@@ -80,8 +80,8 @@ def rope_of_vllm(config: PretrainedConfig, choice: Choice, options: EngineOption
         kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
         if kind == "longrope" and original and longest > original:
             return (
-                f"vLLM uses this teacher's long rope factors for every sequence, since it takes up to {longest} tokens, "
-                f"more than {original}; the transformers engine chooses the factors for each sequence"
+                f"vLLM uses this teacher's long rope factors for every sequence, since it takes up to {longest} "
+                f"tokens, more than {original}; the transformers engine chooses the factors for each sequence"
             )
         if kind == "dynamic" and context and max_length > context:
             raise UserError(
@@ -104,7 +104,7 @@ def engine_length(config: PretrainedConfig, longest: int, max_length: int) -> in
 def refuse_beyond_head(
     rows: Iterable[Any], indices: Iterable[int], *, head: int, longest: int | None, tokenizer: Any, origin: Origin
 ) -> None:
-    """Raises UserError for the first row with a token id that the teacher's head of this width does not have.
+    """Refuse the first row with a token id that the teacher's head of this width does not have. Raises UserError.
 
     rows: what each row became: None, (ids, mask), or several of those. longest: ids of a row that are kept; None: all.
     """
@@ -123,33 +123,50 @@ def refuse_beyond_head(
 
 
 def check_causal(teacher: Teacher, corpus: Corpus, name: str) -> None:
-    """Raises UserError where what comes later in a sequence changes what the teacher says before it.
+    """Refuse a teacher that says of a token what depends on anything but the tokens before it. Raises UserError.
 
-    Two sequences that begin with the same ids are scored: their beginnings must have the same log-probabilities.
+    Two sequences that begin with the same ids are scored, and one of them again beside the longest of the corpus.
     """
     from stages.corpus import Sequence
 
-    length = min(_ASKED, int(corpus.lengths.max()))
+    longest = int(corpus.lengths.argmax())
+    whole = corpus.read(longest, longest + 1)[0]
+    length = min(_ASKED, len(whole.input_ids))
     if length < 3:
         return
-    longest = int(corpus.lengths.argmax())
-    first = np.array(corpus.read(longest, longest + 1)[0].input_ids[:length])
+    first = whole.input_ids[:length].copy()
     shared = max(2, length // 2)
     second = first.copy()
     second[shared:] = (first[shared:] + 1) % teacher.vocabulary_size
     mask = np.ones(length - 1, bool)
-    scored = teacher.score([Sequence(0, first, mask), Sequence(1, second, mask)], lambda tokens: None).sequences
-    one, other = (each.gold_logprob[: shared - 1] for each in scored)
-    difference = float(np.abs(one - other).max())
-    if not difference <= _TOLERANCE.get(teacher.description.dtype, _TOLERANCE_HALF):
+    ours = Sequence(0, first, mask)
+
+    def difference(positions: int, *others: Sequence) -> np.ndarray:
+        one = teacher.score([ours], lambda tokens: None).sequences[0]
+        other = teacher.score(others, lambda tokens: None).sequences[0]
+        return np.abs(one.gold_logprob[:positions] - other.gold_logprob[:positions])
+
+    tolerance = _TOLERANCE.get(teacher.description.dtype, _TOLERANCE_HALF)
+    ahead = float(difference(shared - 1, Sequence(0, second, mask)).max())
+    if not ahead <= tolerance:
         raise UserError(
             f"{name}: reads ahead: other tokens later in a sequence change the log-probabilities before them by "
-            f"{difference:.2g} nats; a teacher must be a causal language model"
+            f"{ahead:.2g} nats; a teacher must be a causal language model"
+        )
+    # Engines that batch by themselves keep sequences apart, and only rounding differs with the batch.
+    if teacher.description.name != "transformers" or len(whole.input_ids) == length:
+        return
+    # The median, since rounding may send a token to another expert.
+    mates = float(np.median(difference(length - 1, ours, whole)))
+    if not mates <= tolerance:
+        raise UserError(
+            f"{name}: a sequence's log-probabilities change by {mates:.2g} nats with the other sequences of its batch; "
+            "lower --batch-tokens to 2, which scores each sequence alone"
         )
 
 
 def check_quantization(config: PretrainedConfig, name: str) -> None:
-    """Raises UserError where transformers cannot read a quantised checkpoint here, with the package it misses."""
+    """Refuse a quantised checkpoint that transformers cannot read here, and name what it misses. Raises UserError."""
     given = getattr(config, "quantization_config", None)
     if given is None:
         return
@@ -160,7 +177,7 @@ def check_quantization(config: PretrainedConfig, name: str) -> None:
         quantizer = AutoHfQuantizer.from_config(given, pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
     except Exception as error:  # noqa: BLE001 - each method's own packages raise what they like
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split()).split(" - ")[0][:200] or type(error).__name__
         raise UserError(
             f"{name}: its weights are quantised ({getattr(method, 'value', method)}), which transformers cannot read "
             f"here ({reason}); install what is missing, or choose --engine vllm"

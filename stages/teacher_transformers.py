@@ -134,7 +134,7 @@ class TransformersTeacher(Teacher):
         )
 
     def _hidden(self, batch: Sequence[TokenSequence]) -> tuple[torch.Tensor, np.ndarray]:
-        """The body's states of a padded batch, `[B * L, H]`, and where in them each scored position is."""
+        """Return the body's states of a padded batch, `[B * L, H]`, and where in them each scored position is."""
         input_ids, rows = _padded(batch)
         lengths = torch.tensor([len(s.input_ids) for s in batch], device=self.device)
         with self._rope.reading(lengths):

@@ -16,7 +16,7 @@ _LONG = " ".join(PROBES) * 8
 
 
 def refuse_drawing(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises UserError for a tokenizer that draws at random, as some are left to do after their training."""
+    """Refuse a tokenizer that draws at random, as some are left to do after their training. Raises UserError."""
     setting = _drawing_setting(tokenizer)
     if setting is None and not _changes(tokenizer):
         return
@@ -25,7 +25,7 @@ def refuse_drawing(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _drawing_setting(tokenizer: Any) -> str | None:
-    """What is known to make it draw, and what to do about it."""
+    """Return the setting that makes it draw, and what to do about it; None where none is known."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if dropout := getattr(model, "dropout", None):
         return f"BPE dropout {dropout:g}; set dropout to null in its tokenizer.json"

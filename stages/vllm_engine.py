@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stages.gguf_file import gguf_of
 from stages.pretrained import load_config
 from stages.vllm_plugin import CONFIG_KEY, PLUGIN_NAME, register
 from storage.errors import RunError, UserError
@@ -56,6 +57,8 @@ def check_serves(model: str, *, revision: str | None = None, trust_remote_code: 
 
     Raises UserError where it cannot: no vLLM, no device, no such model, an architecture it does not serve.
     """
+    if gguf_of(model):
+        raise UserError(f"{model}: vLLM does not read GGUF files; choose --engine transformers")
     vllm = import_vllm()
     found = find_architecture(model, revision=revision, trust_remote_code=trust_remote_code)
     return f"vLLM {vllm.__version__} is installed and serves {found}"

@@ -21,7 +21,9 @@ _TURNS = ("all", "last", "each")
 
 
 @click.command("cache-teacher")
-@click.option("--teacher", required=True, metavar="NAME_OR_DIR", help="The teacher: a directory or a hub name.")
+@click.option(
+    "--teacher", required=True, metavar="NAME_OR_DIR", help="The teacher: a directory, a GGUF file or a hub name."
+)
 @click.option(
     "--dataset",
     required=True,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from torch import nn
 from stages.corpus import Sequence
 from stages.distillation_forward import install_distillation
 from stages.packing import check_packing
+from stages.pretrained import load_tokenizer
 from stages.statistics import StatisticsOptions
 from stages.teacher_transformers import TransformersTeacher
+from tests.conftest import Finished, Tiny
 
 ORIGINAL = 16
 VOCABULARY = 97
+VOCABULARY_OF_TOKENIZER = 500
 # Below, at and beyond the original context, the longer ones of two lengths.
 LENGTHS = (5, 16, 17, 40, 40, 9, 33)
 SHAPE = {
@@ -43,14 +48,15 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 50.0}
 
 
-def _model(kind: str) -> Any:
+def _model(kind: str, vocabulary: int = VOCABULARY) -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
     from transformers import Phi3ForCausalLM as Phi3
 
     torch.manual_seed(5)
+    shape = {**SHAPE, "vocab_size": vocabulary}
     if kind == "phi3":
         config: Any = Phi3Config(
-            **SHAPE, max_position_embeddings=64, original_max_position_embeddings=ORIGINAL, rope_parameters=LONGROPE
+            **shape, max_position_embeddings=64, original_max_position_embeddings=ORIGINAL, rope_parameters=LONGROPE
         )
         model: Any = Phi3(config)
     elif kind == "dynamic":
@@ -113,7 +119,9 @@ def _phi3_by_hand(model: Any, ids: torch.Tensor) -> torch.Tensor:
     for layer in range(2):
         at = f"model.layers.{layer}."
         qkv = norm(x, at + "input_layernorm.weight") @ w[at + "self_attn.qkv_proj.weight"].T
-        q, k, v = (part.view(length, -1, size).transpose(0, 1) for part in qkv.split([heads * size, *[kv * size] * 2], 1))
+        q, k, v = (
+            part.view(length, -1, size).transpose(0, 1) for part in qkv.split([heads * size, *[kv * size] * 2], 1)
+        )
         k, v = (part.repeat_interleave(heads // kv, 0) for part in (turned(k), v))
         score = turned(q) @ k.transpose(1, 2) / math.sqrt(size)
         score = score.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
@@ -173,3 +181,25 @@ def test_student_reads_each_sequence_as_if_alone(kind: str) -> None:
     torch.testing.assert_close(together / size, alone / size, atol=1e-4, rtol=0)
     torch.testing.assert_close(packed / size, alone / size, atol=1e-4, rtol=0)
     check_packing(model)
+
+
+def test_a_student_is_trained_and_measured_on_such_sequences(
+    tmp_path: Path, tiny: Tiny, pipeline: Callable[..., Finished]
+) -> None:
+    """A student that is the teacher itself has no divergence from it, however its batches are made."""
+    model = _model("phi3", VOCABULARY_OF_TOKENIZER)
+    model.save_pretrained(tmp_path / "teacher")
+    load_tokenizer(str(tiny.tokenizer)).save_pretrained(tmp_path / "teacher")
+    rows = [{"input_ids": [int(id) for id in s.input_ids]} for s in _sequences()] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = ("--teacher", tmp_path / "teacher", "--engine", "transformers", "--top-n", VOCABULARY_OF_TOKENIZER)
+    data = ("--dataset", tmp_path / "rows.jsonl", "--logprob-bits", 32, "--tail-samples", 0, "--processes", 1)
+    assert pipeline("cache-teacher", *teacher, *data, "--output", tmp_path / "cache").code == 0
+    for batching in ("padded", "packed"):
+        given = ("--student", tmp_path / "teacher", "--shards", tmp_path / "cache", "--output", tmp_path / batching)
+        how = ("--batching", batching, "--max-steps", 1, "--learning-rate", 0, "--eval-share", 0.5)
+        ended = pipeline("train-student", *given, *how, "--trainer", "logging_steps=1")
+        assert ended.code == 0, ended.err
+        metrics = json.loads((tmp_path / batching / "metrics.json").read_text())
+        losses = [entry["loss"] for entry in metrics["log"] if "loss" in entry]
+        assert metrics["eval_kl"] < 1e-4 and len(losses) == 1 and losses[0] < 1e-4
