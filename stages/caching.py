@@ -342,6 +342,7 @@ def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
             "positions": sum(int(sequence.loss_mask.sum()) for sequence in sequences),
         }
         prepared.sketch = to_file(teacher.calibrate(sequences, wanted.rank, progress), about).to_bytes()
+        _check_scores(prepared, teacher)
         if wanted.sha256 is None:
             prepared.sketch = Cache.claim_sketch(prepared.options.output, prepared.sketch)
             prepared.manifest = claimed(place(prepared.options.output), prepared.manifest, prepared.sketch)
@@ -356,9 +357,8 @@ def try_sketch(prepared: PreparedCache) -> tuple[float, float | None]:
     `calibrate` does.
     """
     wanted, teacher = prepared.manifest.scoring.sketch, prepared.teacher
-    assert wanted is not None and teacher is not None and prepared.sketch is not None
-    size = prepared.manifest.vocabulary_size
-    file = SketchFile.from_bytes(prepared.sketch, SKETCH, rank=wanted.rank, vocabulary_size=size)
+    assert wanted is not None and teacher is not None
+    file = _sketch_file(prepared)
     if not wanted.residual_samples:
         return file.explained, None
     try:
@@ -403,9 +403,10 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
     """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on."""
     calibrate(prepared, lambda tokens: None)
     try:
-        if prepared.pending:
+        if prepared.pending and prepared.teacher is None:
             # Before the directory is claimed: a teacher that is refused leaves nothing behind.
-            prepared.teacher = prepared.teacher or load_teacher(prepared)
+            prepared.teacher = load_teacher(prepared)
+            _check_scores(prepared, prepared.teacher)
         cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
         if prepared.sketch is not None:
             keep_sketch(cache, prepared.sketch)
@@ -445,23 +446,27 @@ def load_teacher(prepared: PreparedCache) -> Teacher:
         dtype=scoring.dtype,
         max_length=prepared.engine_length,
     )
-    try:
-        _check_teacher(prepared, teacher)
-    except BaseException:
-        teacher.close()
-        raise
-    return teacher
-
-
-def _check_teacher(prepared: PreparedCache, teacher: Teacher) -> None:
-    """Refuse a loaded teacher that is not what its configuration says, or reads ahead. Raises RunError or UserError."""
-    options = prepared.options
     if teacher.vocabulary_size != prepared.manifest.vocabulary_size:
+        teacher.close()
         raise RunError(
             f"{options.engine.teacher}: its head gives {teacher.vocabulary_size} logits, its configuration says "
             f"{prepared.manifest.vocabulary_size}; correct vocab_size in its config.json"
         )
-    check_causal(teacher, prepared.corpus, options.engine.teacher)
+    return teacher
+
+
+def _check_scores(prepared: PreparedCache, teacher: Teacher) -> None:
+    """Refuse a teacher whose scores depend on more than the tokens before. Raises UserError, or RunError as it does."""
+    if prepared.manifest.scoring.sketch is not None:
+        teacher.use_sketch(from_file(_sketch_file(prepared)))
+    check_causal(teacher, prepared.corpus, prepared.options.engine.teacher)
+
+
+def _sketch_file(prepared: PreparedCache) -> SketchFile:
+    wanted = prepared.manifest.scoring.sketch
+    assert wanted is not None and prepared.sketch is not None
+    size = prepared.manifest.vocabulary_size
+    return SketchFile.from_bytes(prepared.sketch, SKETCH, rank=wanted.rank, vocabulary_size=size)
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
