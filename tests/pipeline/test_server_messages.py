@@ -144,13 +144,13 @@ def logits_later(scene: Scene) -> Finished:
 
 def refused(scene: Scene) -> Finished:
     double = scene.server()
-    double.trouble = lambda n: "400" if n > 4 else ""
+    double.trouble = lambda n: "400" if n > 4 + 2 else ""  # two are asked to see that the teacher reads no token ahead
     return scene.ask(double.url)
 
 
 def dead(scene: Scene) -> Finished:
     double = scene.server()
-    double.trouble = lambda n: "reset" if n > 4 else ""
+    double.trouble = lambda n: "reset" if n > 4 + 2 else ""
     return scene.ask(double.url)
 
 
