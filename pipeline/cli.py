@@ -22,6 +22,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.progress import printable
+from pipeline.streams import ready_streams
 from pipeline.threads import bound_spinning
 from storage.errors import UserError
 
@@ -185,16 +186,32 @@ _STORAGE_FAILURES = {
     errno.EFBIG: ("file larger than the file system or the limits of this process allow", "raise the limit"),
     errno.EROFS: ("read-only file system", "make it writable or name another place"),
     errno.EACCES: ("permission denied", "change the permissions or name another place"),
+    errno.EIO: ("input/output error", "check the disk or the mount"),
+    errno.ESTALE: ("stale file handle", "check the mount"),
+    errno.EMFILE: ("too many open files", "raise the limit of this process"),
+    errno.ENFILE: ("too many open files on this machine", "raise its limit"),
+    errno.ENOMEM: ("out of memory", "give it more memory"),
 }
 
 
-def _storage_sentence(error: OSError) -> str | None:
-    """One sentence for the failures of a disk that are nobody's bug; None for any other."""
-    if error.errno not in _STORAGE_FAILURES:
+# Names that no file can have.
+_IMPOSSIBLE_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def _storage_sentence(error: OSError) -> tuple[str, int] | None:
+    """One sentence and the exit code for a failure of a disk or a file, which is nobody's bug; None for any other."""
+    where = ""
+    if isinstance(error.filename, (str, bytes, os.PathLike)):
+        name = os.fsdecode(error.filename)
+        where = name if len(name) <= 300 else f"{name[:200]}...{name[-50:]}"
+    if error.errno in _STORAGE_FAILURES:
+        what, remedy = _STORAGE_FAILURES[error.errno]
+        named = f" ({where})" if where else ""
+        return f"{what}{named}; {remedy} and start the same command again, what is already written is kept", 1
+    if error.errno is None or not where:
         return None
-    what, remedy = _STORAGE_FAILURES[error.errno]
-    where = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, (str, bytes)) else ""
-    return f"{what}{where}; {remedy} and start the same command again, what is already written is kept"
+    code = UserError.exit_code if error.errno in _IMPOSSIBLE_NAMES else 1
+    return f"{where}: {os.strerror(error.errno).lower()}", code
 
 
 def _usage_sentence(error: click.ClickException) -> str:
@@ -261,8 +278,10 @@ def _report(error: BaseException, debug: bool) -> int:
         sentence, code = _usage_sentence(error), error.exit_code
     elif isinstance(error, click.Abort):
         sentence, code = "aborted", 1
+    elif isinstance(error, MemoryError):
+        sentence, code = "out of memory; give it more and start the same command again", 1
     elif isinstance(error, OSError) and (known := _storage_sentence(error)) is not None:
-        sentence, code = known, 1
+        sentence, code = known
     else:
         sentence, code = f"internal: {type(error).__name__}: {error}", 1
         hint = None if debug else "run again with --debug for the traceback"
@@ -278,10 +297,13 @@ def run(args: Sequence[str] | None = None, command: click.Command = main) -> int
         command.main(prog_name=PROGRAM)  # The shell asks for completions; this does not return.
     args = list(sys.argv[1:] if args is None else args)
     debug = _wants_debug(args)
+    ready_streams()
     bound_spinning()
     if not debug:
         _quiet_libraries()
     try:
+        if any("\0" in word for word in args):
+            raise UserError("a word of this command line holds a null character, which no name can hold; remove it")
         # Not `command.main`: it hides broken pipes of every kind, and turns EOFError into an abort.
         with command.make_context(PROGRAM, args) as ctx:
             command.invoke(ctx)

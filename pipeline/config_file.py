@@ -24,6 +24,8 @@ from storage.errors import UserError
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any] | click.Command)
 
 _MAPPINGS_META = "pipeline.config_mappings"
+# More than any list of options.
+_MAX_BYTES = 1 << 20
 _NULL = "tag:yaml.org,2002:null"
 
 
@@ -199,7 +201,11 @@ def _known_names(command: click.Command, nested: Sequence[str]) -> dict[str, str
 
 def _parse(path: Path) -> yaml.Node | None:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)  # A device may have no end.
+        if len(raw) > _MAX_BYTES:
+            raise UserError(f"{path} is longer than {_MAX_BYTES} bytes, too long for a list of options")
+        text = raw.decode("utf-8")
         return yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML, {_one_line(error)}") from error
@@ -245,6 +251,8 @@ def _texts(node: yaml.Node, param: click.Parameter, where: str) -> Any:
 
 
 def _text_or_texts(node: yaml.Node, nargs: int, where: str) -> str | list[str]:
+    if any("\0" in str(each.value) for each in (node.value if isinstance(node, yaml.SequenceNode) else [node])):
+        raise UserError(f"{where}: holds a null character, which no name can hold; remove it")
     if nargs == 1:
         if isinstance(node, yaml.ScalarNode):
             return str(node.value)

@@ -6,6 +6,7 @@ import math
 import re
 
 from storage.errors import UserError
+from storage.words import counted
 
 _DASH = "unknown"
 
@@ -57,6 +58,11 @@ def format_percent(part: float, whole: float) -> str:
     return f"{math.floor(100 * part / whole)}%"
 
 
+def format_share(share: float) -> str:
+    """A measured share, 0 to 1, as a percentage with one decimal: 0.8%, 97.3%."""
+    return f"{share:.1%}" if math.isfinite(share) else _DASH
+
+
 def format_rate(per_second: float, unit: str = "tokens") -> str:
     """A rate: 12.3k tokens/s. Slow ones keep a decimal: 0.4 tokens/s."""
     if not math.isfinite(per_second):
@@ -68,10 +74,12 @@ def format_rate(per_second: float, unit: str = "tokens") -> str:
 def parse_range(text: str | None, option: str, count: int, unit: str) -> range:
     """The part of `range(count)` that `FIRST:STOP` names, either of which may be left out; None is all.
 
-    Raises UserError for anything else, and where it names nothing. unit: what is counted, for the sentence.
+    Raises UserError for anything else, and where it names nothing. unit: a noun in the singular, for the sentence.
     """
     found = re.fullmatch(r"(\d*):(\d*)", ":" if text is None else text)
     chosen = range(count)[int(found[1] or 0) : int(found[2]) if found[2] else None] if found else range(0)
     if not chosen:
-        raise UserError(f"{option} {text}: wants FIRST:STOP, as in 0:100; this cache has {count} {unit}, from 0")
+        raise UserError(
+            f"{option} {text}: wants FIRST:STOP, as in 0:100; this cache has {counted(count, unit)}, from 0"
+        )
     return chosen

@@ -74,6 +74,8 @@ class _Rate:
 class Progress:
     """Progress of `total_tokens` of work, as a context manager.
 
+    Work that begins with loading says so by `advance(0)` once it has loaded: the speed counts from there.
+
     total_tokens: tokens of the whole work, None where unknown (then there is no share and no time left).
     done_before: tokens of it that an earlier run did; they count as done and never as speed.
     interval: seconds between two lines when stderr is not a terminal.
@@ -102,7 +104,7 @@ class Progress:
         self._start_clock()
 
     def _start_clock(self) -> None:
-        self._started = self._last_line = self._clock()
+        self._started = self._last_line = self._working_since = self._clock()
         self._rate = _Rate(self._started)
 
     def __enter__(self) -> Self:
@@ -130,7 +132,11 @@ class Progress:
         """Add finished tokens; `note` is a word on where the work is, kept until the next one."""
         with self._lock:
             now = self._clock()
-            self._rate.add(tokens, now)
+            if tokens == 0 and self._rate.total == 0:
+                self._working_since = self._last_line = now
+                self._rate = _Rate(now)
+            else:
+                self._rate.add(tokens, now)
             if note is not None:
                 self._note = printable(note)
             done = self._done_before + self._rate.total
@@ -165,7 +171,7 @@ class Progress:
         """The recent rate while the work runs, the mean of the whole run once it has ended."""
         if self._ended is None:
             return self._rate.per_second(now)
-        elapsed = self._ended - self._started
+        elapsed = self._ended - self._working_since
         return self._rate.total / elapsed if self._rate.total and elapsed > 0 else None
 
     def _left(self, speed: float | None) -> str:
@@ -173,9 +179,14 @@ class Progress:
             return ""
         return f"{format_duration(max(0, self._total - self._done_before - self._rate.total) / speed)} left"
 
+    def _in_all(self, now: float) -> str:
+        loading = self._working_since - self._started
+        of_it = f" ({format_duration(loading)} of it loading)" if loading >= 1 else ""
+        return f"{format_duration(now - self._started)} in all{of_it}"
+
     def _line(self, now: float) -> str:
         speed = self._speed(now)
-        time_part = self._left(speed) if self._ended is None else f"{format_duration(now - self._started)} in all"
+        time_part = self._left(speed) if self._ended is None else self._in_all(now)
         parts = [self._counts(), format_rate(speed) if speed is not None else "", time_part, self._note]
         return f"{self._description}: {', '.join(part for part in parts if part)}"
 

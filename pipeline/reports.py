@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.numbers import format_bytes
 from pipeline.progress import summary
+from storage.words import counted
 
 if TYPE_CHECKING:
     from stages.summary import Summary
@@ -27,7 +28,9 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
     if scoring.tail_epsilon:
         said = f"{scoring.min_n} to {scoring.top_n}, until less than {scoring.tail_epsilon:g} is left"
         adaptive.append(("adaptive N", f"{said}; {numbers.mean_top_n:.1f} on average"))
-    derived = [f"{origin.sequences:,} sequences of cache {origin.cache_id}" for origin in manifest.derived_from]
+    derived = [
+        f"{counted(origin.sequences, 'sequence', ',')} of cache {origin.cache_id}" for origin in manifest.derived_from
+    ]
     rows: list[tuple[str, object]] = [
         ("cache id", manifest.cache_id),
         *([("made from", ", ".join(derived))] if derived else []),
@@ -46,8 +49,9 @@ def summary_rows(cache: Cache, numbers: Summary) -> list[tuple[str, object]]:
         ("teacher's cross-entropy", f"{numbers.teacher_cross_entropy:.4f} nats"),
     ]
     if scoring.sketch is not None:
+        samples = counted(scoring.sketch.residual_samples, "residual sample")
         rows += [
-            ("sketch", f"rank {scoring.sketch.rank}, {scoring.sketch.residual_samples} residual samples per position"),
+            ("sketch", f"rank {scoring.sketch.rank}, {samples} per position"),
             ("KL of the sketch", number(numbers.mean_sketch_kl, " nats")),
             ("mean residual mass", number(numbers.mean_residual_mass, " of 2")),
             *noise_rows(numbers.equal_tail_samples),

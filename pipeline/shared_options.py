@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from storage.errors import UserError
+
 if TYPE_CHECKING:
     from stages.engines import EngineOptions
 
@@ -34,4 +36,17 @@ def engine_options(given: dict[str, Any]) -> EngineOptions:
 
     from stages.engines import EngineOptions
 
+    _check_url(given["server_url"])
     return EngineOptions(**{field.name: given.pop(field.name) for field in fields(EngineOptions)})
+
+
+def _check_url(url: str | None) -> None:
+    """Raise UserError for a server's URL that no client can read. None: no server."""
+    from urllib.parse import urlsplit
+
+    if url is None:
+        return
+    try:
+        (urlsplit(url if "//" in url else f"http://{url}").hostname or "").encode("idna")
+    except ValueError:
+        raise UserError(f"--server-url {url}: expected http://host:port") from None

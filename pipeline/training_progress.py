@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.numbers import format_share
 from pipeline.progress import Progress
 
 
@@ -55,7 +56,7 @@ class TrainingProgress(TrainerCallback):
         elif "eval_cross_entropy" in logs:
             self._bar.status(
                 f"step {state.global_step}: held-out cross-entropy {logs['eval_cross_entropy']:.4f}, "
-                f"KL to the teacher {logs['eval_kl']:.4f}, agreement {logs['eval_agreement']:.1%}"
+                f"KL to the teacher {logs['eval_kl']:.4f}, agreement {format_share(logs['eval_agreement'])}"
             )
 
     def on_train_end(

@@ -189,7 +189,10 @@ def draw(cache: Cache, sequences: int | None, share: float | None, seed: int) ->
 
 
 def run(prepared: PreparedAudit, progress: Callable[[int], None]) -> Audit:
-    """Score and compare. Raises CacheError for a shard that cannot be read, RunError from the engine."""
+    """Score and compare. Raises CacheError for a shard that cannot be read, RunError from the engine.
+
+    progress: gets 0 once the teacher is loaded, then tokens as they are scored.
+    """
     manifest = prepared.cache.manifest
     teacher = load(
         prepared.choice,
@@ -208,6 +211,7 @@ def run(prepared: PreparedAudit, progress: Callable[[int], None]) -> Audit:
         if scoring.sketch is not None:
             teacher.use_sketch(from_file(prepared.cache.sketch()))
         cache, control = Differences(manifest), Differences(manifest)
+        progress(0)  # The loading is over.
         shards: set[int] = set()
         for number, stored in enumerate(_stored(prepared.cache, prepared.sample, shards)):
             sequences = [

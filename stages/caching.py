@@ -43,7 +43,7 @@ from stages.teacher_checks import (
 )
 from storage.cache import SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
-from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity
+from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity, checked
 from storage.places import place
 from storage.plan import plan_shards
 from storage.sketch_file import SketchFile
@@ -285,7 +285,8 @@ def prepare(options: CacheOptions) -> PreparedCache:
         corpus=CorpusIdentity(
             fingerprint=corpus.fingerprint, sequences=len(corpus), tokens=int(corpus.lengths.sum(dtype=np.int64))
         ),
-        scoring=ScoringOptions(
+        scoring=checked(
+            ScoringOptions,
             engine=choice.engine,
             dtype=resolve_dtype(options.dtype, files.config)
             if choice.teacher is None
@@ -336,6 +337,7 @@ def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
     if wanted is None or sequences is None:
         return
     teacher = prepared.teacher = load_teacher(prepared)
+    progress(0)  # The loading is over.
     try:
         about = {
             "calibration": calibration_id(prepared.manifest),
@@ -400,7 +402,10 @@ def _refuse_other_card(options: CacheOptions, cache: Cache) -> None:
 
 
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
-    """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on."""
+    """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on.
+
+    progress: gets 0 once the teacher is loaded, then tokens as they are scored.
+    """
     calibrate(prepared, lambda tokens: None)
     try:
         if prepared.pending and prepared.teacher is None:
@@ -416,6 +421,7 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
             assert teacher is not None
             if prepared.manifest.scoring.sketch is not None:
                 teacher.use_sketch(from_file(cache.sketch()))
+            progress(0)  # The loading is over.
             cache_shards(cache, prepared.corpus, teacher, prepared.pending, progress)
             # What was pulled as a part is now the whole.
             cache.expect(range(len(cache.manifest.shards)))

@@ -6,6 +6,7 @@ import json
 
 from stages.summary import QUANTILES, Summary
 from storage.cache import Cache
+from storage.words import counted
 
 
 def card(cache: Cache, summary: Summary) -> str:
@@ -19,7 +20,10 @@ def card(cache: Cache, summary: Summary) -> str:
     if scoring.tail_epsilon:
         top_n = f"{scoring.min_n} to {top_n}, until less than {scoring.tail_epsilon:g} of the mass is left; "
         top_n += f"{summary.mean_top_n:.1f} on average"
-    derived = ", ".join(f"{o.sequences} sequences of cache `{o.cache_id}`" for o in manifest.derived_from) or "text"
+    derived = (
+        ", ".join(f"{counted(o.sequences, 'sequence')} of cache `{o.cache_id}`" for o in manifest.derived_from)
+        or "text"
+    )
     revision = f" at revision `{manifest.teacher.revision}`" if manifest.teacher.revision else ""
     licence = manifest.source.get("license")
     license_line = f"license: {json.dumps(str(licence))}\n" if licence else ""
@@ -28,7 +32,7 @@ def card(cache: Cache, summary: Summary) -> str:
     weights = f"sha256 {manifest.teacher.weights[:16]}... of a sample" if manifest.teacher.weights else "as on the hub"
     made_with = ", ".join(f"{_inline(k)} {_inline(v)}" for k, v in manifest.made_with.items() if k != "engine")
     data = f", split {_inline(str(manifest.source['split']))}" if "split" in manifest.source else ""
-    data += f", the first {manifest.source['limit']} rows" if "limit" in manifest.source else ""
+    data += f", the first {counted(manifest.source['limit'], 'row')}" if "limit" in manifest.source else ""
     citation = manifest.source.get("citation")
     citation = f"\nTo cite the source of the text:\n\n```text\n{_block(str(citation))}\n```\n" if citation else ""
     return f"""---

@@ -6,7 +6,6 @@ cache is begun and stands in its manifest: a template is told that moment from t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import Any
 
 from stages.chat_template import check_template, tells_time
 from storage.errors import UserError
+from storage.json_text import parse_json
 from storage.places import Place
 
 TIME, ARGUMENTS, TEMPLATE = "template_time", "template_arguments", "chat_template"
@@ -73,7 +73,7 @@ class ChatSettings:
 def time_there(output: Place) -> str | None:
     """Return the template time of the cache that was begun at this place; None where there is none."""
     try:
-        found = json.loads((output / "manifest.json").read_bytes())["source"][TIME]
+        found = parse_json((output / "manifest.json").read_bytes())["source"][TIME]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
@@ -90,7 +90,7 @@ def _value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from stages.messages import REASONING_FIELDS, Message, content_text, reasoning_of
 from storage.errors import UserError
+from storage.json_text import parse_json
 
 Span = tuple[int, int]  # characters [start, end)
 Tools = list[dict[str, Any]] | None
@@ -320,7 +321,7 @@ def _adapted_call(call: dict[str, Any], habits: Habits, place: str) -> dict[str,
     arguments = call["function"]["arguments"]
     if habits.object_arguments and isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = parse_json(arguments) if arguments.strip() else {}
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):

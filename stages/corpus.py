@@ -93,6 +93,8 @@ class CorpusReport:
     open_thoughts: int = 0  # assistant turns that answer inside the thought that the generation prompt opens
     unread_columns: tuple[str, ...] = ()
     special_text: int = 0  # rows with text that the tokenizer reads as special tokens
+    unfinished: int = 0  # rows whose own columns say that their text was cut, so that no end token has a loss
+    ended: int = 0  # sequences of text or completions that end with a trained end-of-sequence token
     notes: tuple[str, ...] = field(default=(), compare=False)  # on files that were passed over or not used
 
 
@@ -179,9 +181,9 @@ def build_corpus(source: str, tokenizer: Any, options: CorpusOptions | None = No
     try:
         kind = find_kind(rows, options)
         with full_disk_as_run_error(rows.scratch.name):
-            rows.read(kind.columns)
+            rows.read(kind.read)
             records = _tokenise(rows, kind, tokenizer, options)
-        return _collect(records, rows, kind, options)
+        return _collect(records, rows, kind, options, tokenizer.eos_token_id)
     finally:
         rows.close()
 
@@ -243,12 +245,15 @@ def _tokenizers_in_one_thread() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions) -> Corpus:
-    """Count and fingerprint the records in one pass. Raises UserError when no sequence is left."""
+def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions, end: int | None) -> Corpus:
+    """Count and fingerprint the records in one pass. Raises UserError when no sequence is left.
+
+    end: id of the end-of-sequence token, None where there is none.
+    """
     counts = np.zeros(4, dtype=np.int64)
     lengths: list[np.ndarray] = []
     kept: list[np.ndarray] = []
-    overlong = special = trained = seen = without_end = open_thoughts = 0
+    overlong = special = trained = seen = without_end = open_thoughts = unfinished = ended = 0
     fingerprint = CorpusFingerprint()
     for batch in records.data.to_batches():
         outcome = batch["outcome"].to_numpy()
@@ -265,6 +270,9 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions) -
         mask = batch["loss_mask"].flatten().to_numpy(zero_copy_only=False)
         lengths.append(own.astype(np.int32))
         trained += int(np.count_nonzero(mask))
+        unfinished += batch["unfinished"].true_count
+        if end is not None and len(own) and kind.name in ("text", "completion"):
+            ended += int(np.count_nonzero((ids[np.cumsum(own) - 1] == end) & mask[np.cumsum(own - 1) - 1]))
         fingerprint.add(own, ids, mask)
     sequences = int(counts[KEPT])
     if not sequences:
@@ -288,8 +296,10 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions) -
         trained_positions=trained,
         turns_without_end=without_end,
         open_thoughts=open_thoughts,
-        unread_columns=tuple(name for name in rows.column_names if name not in kind.columns),
+        unread_columns=tuple(name for name in rows.column_names if name not in kind.read),
         special_text=special,
+        unfinished=unfinished,
+        ended=ended,
         notes=rows.notes,
     )
     everything = sequences == seen

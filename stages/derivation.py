@@ -26,11 +26,12 @@ from stages.together import differences
 from storage import schema
 from storage.cache import Cache
 from storage.errors import CacheError, UserError
-from storage.manifest import CorpusIdentity, Manifest, Origin, PlannedShard, ScoringOptions
+from storage.manifest import CorpusIdentity, Manifest, Origin, PlannedShard, ScoringOptions, checked
 from storage.places import place
 from storage.reencoding import reencode
 from storage.rows import Rows
 from storage.shard import value_problems
+from storage.words import counted
 
 # Columns that stay true when entries leave the kept set, or can be made so.
 _REENCODED = {column.name for column in schema.columns(tail_samples=1)}
@@ -80,7 +81,9 @@ def plan_selection(source: Cache, selection: Selection) -> Derivation:
     total = source.manifest.corpus.sequences
     stop = total if selection.stop is None else min(selection.stop, total)
     if not 0 <= selection.first < stop:
-        raise UserError(f"--sequences: {source.path} holds {total} sequences, from 0, and none of them in this range")
+        raise UserError(
+            f"--sequences: {source.path} holds {counted(total, 'sequence')}, from 0, and none in this range"
+        )
     chosen = Selection(**{**selection.__dict__, "stop": stop})
     return _plan((source,), scoring_of(source, selection), chosen, {"command": "select"})
 
@@ -183,7 +186,7 @@ def scoring_of(source: Cache, selection: Selection) -> ScoringOptions:
             droppable += [schema.SKETCH_CODES.name] * (old.sketch is not None)
             droppable += [schema.temperature_column(t).name for t in old.temperatures]
             raise UserError(f"--drop {name}: {source.path} can do without {', '.join(droppable) or 'no column'}")
-    scoring = ScoringOptions(**new)
+    scoring = checked(ScoringOptions, **new)
     fewer = (scoring.top_n, scoring.tail_epsilon, scoring.min_n) != (old.top_n, old.tail_epsilon, old.min_n)
     fixed = [c.name for c in scoring.columns if c.name not in _REENCODED and schema.column_temperature(c.name) is None]
     if fewer and fixed:

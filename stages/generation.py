@@ -16,18 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import endings
 from stages.identity import teacher_identity
 from stages.messages import read_tools
 from stages.pretrained import load_config, load_tokenizer
 from stages.sources import load_rows
 from storage.errors import UserError
 from storage.files import sync_directory, write_json
+from storage.json_text import parse_json
+from storage.new_path import check_new_path, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Prompts given to the engine between two writes: enough to fill a batch, little to lose.
 WINDOW = 256
+# Of a generation_config: how its authors let the model sample.
+_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,14 @@ class Prompt:
     sample: int
 
 
+@dataclass(frozen=True)
+class Generated:
+    """How many completions the output holds, and how many of them were cut at the limit of new tokens."""
+
+    completions: int
+    cut: int
+
+
 @dataclass
 class PreparedGeneration:
     """Checked, tokenised and ready. identity: what must agree for lines that are there already to belong to this
@@ -93,8 +106,12 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     """Raises UserError, with nothing written, for whatever can be told before the model is loaded."""
     from stages.vllm_engine import check_engine_args, check_serves
 
-    if Path(options.output).exists():
-        raise UserError(f"{options.output}: exists already; name another --output or move it away")
+    output = local_path(options.output, "the file of completions")
+    if output.exists():
+        raise UserError(f"{output}: exists already; name another --output or move it away")
+    check_new_path(output, "--output wants a file in a folder")
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent}: no such folder to write {output.name} in; make it first")
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.model, **source)
     check_serves(options.model, **source)
@@ -126,12 +143,16 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     return prepared
 
 
-def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> int:
-    """Write what is left; returns the number of completions. `progress` gets new tokens. Raises RunError."""
+def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> Generated:
+    """Write what is left; return what the whole output holds. Raises RunError.
+
+    progress: gets 0 once the model is loaded, then new tokens.
+    """
     options = prepared.options
     if not prepared.marker.exists():
         write_json(prepared.marker, prepared.identity)
     engine = _Engine(prepared) if prepared.done < len(prepared.prompts) else None
+    progress(0)  # The loading is over.
     with open(prepared.partial, "ab") as file:
         for start in range(prepared.done, len(prepared.prompts), WINDOW):
             window = prepared.prompts[start : start + WINDOW]
@@ -143,10 +164,24 @@ def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> int:
             file.flush()
             os.fsync(file.fileno())
             progress(sum(len(ids) for ids, _ in answers))
+    cut = sum(parse_json(line).get("finish_reason") == "length" for line in _whole_lines(prepared.partial))
     os.replace(prepared.partial, options.output)
     sync_directory(Path(options.output).absolute().parent)
     prepared.marker.unlink(missing_ok=True)
-    return len(prepared.prompts)
+    return Generated(len(prepared.prompts), cut)
+
+
+def own_sampling(options: GenerateOptions) -> dict[str, Any]:
+    """How the model's generation_config samples, which `generate` leaves aside; empty where it does not say."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(
+            options.model, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
+        ).to_diff_dict()
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {name: config[name] for name in _SAMPLING if name in config}
 
 
 class _Engine:
@@ -204,9 +239,13 @@ def _row(prepared: PreparedGeneration, prompt: Prompt, ids: list[int], reason: s
     if prepared.options.token_ids:
         # Position t predicts id t + 1: the completion's ids are predicted from the last id of the prompt on.
         mask = [False] * (len(prompt.ids) - 1) + [True] * len(ids)
-        return {"input_ids": prompt.ids + ids, "loss_mask": mask}
-    text = prepared.tokenizer.decode(ids, skip_special_tokens=True)
-    row = {**prompt.row, "finish_reason": reason}
+        return {"input_ids": prompt.ids + ids, "loss_mask": mask, "finish_reason": reason}
+    text = str(prepared.tokenizer.decode(ids, skip_special_tokens=True))
+    if reason == "length":
+        text = text.rstrip("\ufffd")  # Half of a character that its other tokens would have completed.
+    # What the row says of the end of another text would be taken for this one's.
+    row = {name: value for name, value in prompt.row.items() if name not in endings.COLUMNS}
+    row["finish_reason"] = reason
     if prepared.options.samples > 1:
         row["sample"] = prompt.sample
     if prepared.chat:
@@ -248,10 +287,25 @@ def _prompt_ids(tokenizer: Any, row: dict[str, Any], column: str, chat: bool, wh
     else:
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: the prompt is not text, or empty; mend or remove the row")
-        ids = tokenizer(value)["input_ids"]
+        ids = _text_ids(tokenizer, value)
     if not ids:
         raise UserError(f"{where}: the prompt has no tokens")
     return list(ids)
+
+
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
+    """A prompt's ids with what the tokenizer puts before a text, where the text does not begin with it already.
+
+    What a tokenizer puts after a text is left out: the completion follows.
+    """
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    full = list(tokenizer(text)["input_ids"])
+    starts = range(len(full) - len(plain) + 1)
+    start = next((at for at in starts if full[at : at + len(plain)] == plain), None)
+    if start is None:
+        return full
+    lead = full[:start]
+    return plain if plain[:start] == lead else lead + plain
 
 
 def _identity(options: GenerateOptions, config: Any, encoded: list[tuple[dict[str, Any], list[int]]]) -> dict[str, Any]:
@@ -272,7 +326,7 @@ def _lines_done(prepared: PreparedGeneration) -> int:
     if not prepared.partial.exists() and not marker.exists():
         return 0
     try:
-        there = json.loads(marker.read_bytes())
+        there = parse_json(marker.read_bytes())
     except (OSError, ValueError):
         there = {}
     if there != identity:

@@ -24,7 +24,7 @@ from stages.sketch_calibration import from_file
 from stages.summary import summarize
 from storage import schema
 from storage.cache import Cache
-from storage.manifest import CorpusIdentity, PlannedShard, ScoringOptions
+from storage.manifest import CorpusIdentity, PlannedShard, ScoringOptions, checked
 from storage.plan import plan_shards
 
 # Bytes of a receipt, and of a number in a summed tail or a tail prior, as they were measured.
@@ -223,7 +223,8 @@ def plan(
         shards = plan_shards(corpus.lengths, options.shard_tokens)
         if files.sketch is not None:
             statistics = replace(options, sketch_rank=files.sketch.rank).statistics()
-        scoring = ScoringOptions(
+        scoring = checked(
+            ScoringOptions,
             engine=options.engine.engine,
             dtype=options.dtype,
             top_n=statistics.top_n,

@@ -14,12 +14,16 @@ KEPT, EMPTY, TOO_SHORT, WITHOUT_LOSS = range(4)
 
 
 class Encoded(NamedTuple):
-    """One sequence of L ids before it is cut. without_end, open_thoughts: as in `stages.chat.Rendered`."""
+    """One sequence of L ids before it is cut. without_end, open_thoughts: as in `stages.chat.Rendered`.
+
+    unfinished: its text was cut when it was written.
+    """
 
     ids: np.ndarray  # int32 [L]
     mask: np.ndarray  # bool [L-1]
     without_end: int = 0
     open_thoughts: int = 0
+    unfinished: bool = False
 
 
 EncodedRow = Encoded | list[Encoded] | None  # one sequence, several, or none where the row is empty
@@ -29,14 +33,14 @@ def records(rows: Iterable[EncodedRow], special: Iterable[bool], max_length: int
     """A table of records: ids and mask of each sequence, empty lists for what is left out, and why it is.
 
     What is said of a row stands on its first record: `overlong` where it was cut or split, `special` as it is given for
-    each row, and the counts of its turns.
+    each row, the counts of its turns, and `unfinished`.
     """
     import pyarrow as pa
 
     ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     outcomes: list[int] = []
-    said: list[tuple[bool, bool, int, int]] = []
+    said: list[tuple[bool, bool, int, int, bool]] = []
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     for row, has_special in zip(rows, special, strict=True):
         parts = row if isinstance(row, list) else [row]
@@ -59,11 +63,12 @@ def records(rows: Iterable[EncodedRow], special: Iterable[bool], max_length: int
                     has_special,
                     sum(part.without_end for part in there),
                     sum(part.open_thoughts for part in there),
+                    any(part.unfinished for part in there),
                 )
             )
-            said += [(False, False, 0, 0)] * (len(found) - 1)
+            said += [(False, False, 0, 0, False)] * (len(found) - 1)
     arrays = [_lists(ids, np.int32), _lists(masks, bool), pa.array(outcomes, pa.int8())]
-    for number, kind in enumerate((pa.bool_(), pa.bool_(), pa.int32(), pa.int32())):
+    for number, kind in enumerate((pa.bool_(), pa.bool_(), pa.int32(), pa.int32(), pa.bool_())):
         arrays.append(pa.array([each[number] for each in said], kind))
     return pa.Table.from_arrays(arrays, schema=record_schema())
 
@@ -80,6 +85,7 @@ def record_schema() -> pa.Schema:
             ("special", pa.bool_()),
             ("turns_without_end", pa.int32()),
             ("open_thoughts", pa.int32()),
+            ("unfinished", pa.bool_()),
         ]
     )
 

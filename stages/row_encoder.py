@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stages import given_masks
+from stages import endings, given_masks
 from stages.encode import check_text, encode_spans, has_special_text
 from stages.parquet_files import UNSUPPORTED
 from stages.records import Encoded, EncodedRow, records
@@ -35,11 +35,20 @@ _MESSAGES = ("messages", "conversations", "conversation")
 
 @dataclass(frozen=True)
 class Kind:
-    """What the rows are: `name` is text, completion, messages or tokens; `columns` are read in this order."""
+    """What the rows are: `name` is text, completion, messages or tokens; `columns` are read in this order.
+
+    endings: columns that say whether the text of a row was cut when it was written.
+    """
 
     name: Literal["text", "completion", "messages", "tokens"]
     columns: tuple[str, ...]
     tools: str | None = None  # the column of tools beside chats
+    endings: tuple[str, ...] = ()
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return (*self.columns, *self.endings)
 
 
 def find_kind(rows: Rows, options: CorpusOptions) -> Kind:
@@ -80,7 +89,10 @@ def find_kind(rows: Rows, options: CorpusOptions) -> Kind:
         raise UserError(f"Template arguments belong to chats, and the rows are {kinds[0].columns[0]}; leave them out.")
     # What follows the first column, or prompt and completion, may be missing from some files.
     rows.require(kinds[0].columns[: 2 if kinds[0].name == "completion" else 1])
-    return kinds[0]
+    if kinds[0].name == "tokens":
+        return kinds[0]  # Ids say themselves where they end.
+    beside_text = (name for name in endings.COLUMNS if name in there and name not in kinds[0].columns)
+    return replace(kinds[0], endings=tuple(beside_text))
 
 
 # ---- rows to ids and masks --------------------------------------------------------------------------------
@@ -104,6 +116,7 @@ class RowEncoder:
         names = self.kind.columns
         try:
             columns = decode_columns(batch, names, self.encoded, self.features)
+            cut = [endings.was_cut(values) for values in self._endings(batch, len(indices))]
             rows = self._encode(indices, dict(zip(names, columns, strict=True)))
             if self.options.head is not None:
                 longest = self.options.max_length if self.options.overlong == "cut" else None
@@ -115,9 +128,27 @@ class RowEncoder:
                 f"A row is nested too deeply to be read, {self.origin.where(indices[0])} or one of the "
                 f"{len(indices) - 1} after it; remove the row."
             ) from error
+        rows = [self._without_end(row) if is_cut else row for row, is_cut in zip(rows, cut, strict=True)]
         pattern = None if self.kind.name == "tokens" else self.special
         special = [any(has_special_text(pattern, value) for value in row) for row in zip(*columns, strict=True)]
         return records(rows, special, self.options.max_length, self.options.overlong == "split")
+
+    def _endings(self, batch: Any, count: int) -> Iterable[tuple[Any, ...]]:
+        """For each row what its columns of endings say."""
+        if not self.kind.endings:
+            return [()] * count
+        return zip(*decode_columns(batch, self.kind.endings, self.encoded, self.features), strict=True)
+
+    def _without_end(self, row: EncodedRow) -> EncodedRow:
+        """A row whose text was cut: no end token where it breaks off, in a chat none with a loss."""
+        if row is None:
+            return None
+        if isinstance(row, list):
+            last = row[-1]
+            mask = endings.without_end(last.ids, last.mask, self.tokenizer, self.options.end_ids)
+            return [*row[:-1], last._replace(mask=mask, unfinished=True)]
+        ids, mask = endings.without_last_end(row.ids, row.mask, self.tokenizer.eos_token_id)
+        return row._replace(ids=ids, mask=mask, unfinished=True)
 
     def _encode(self, indices: list[int], cells: Cells) -> list[EncodedRow]:
         encode: Any = {

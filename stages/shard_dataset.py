@@ -25,6 +25,7 @@ from storage.plan import locate
 from storage.rows import Ragged, Rows
 from storage.schema import column_temperature
 from storage.shard import value_problems
+from storage.words import counted
 
 # Shards among which sequences are shuffled; a few more stay decoded, since a packed batch may reach back.
 WINDOW = 4
@@ -191,8 +192,8 @@ def split_held_out(cache: Cache, share: float, seed: int = 0) -> tuple[np.ndarra
         )
     if held and not len(held_out):
         raise CacheError(
-            f"{cache.path}: this part holds {count} of {total} sequences and none of the {held} held out of the whole; "
-            "raise --eval-share, set it to 0, or pull more shards"
+            f"{cache.path}: this part holds {count} of {counted(total, 'sequence')} and none of the {held} held out of "
+            "the whole; raise --eval-share, set it to 0, or pull more shards"
         )
     return train, held_out
 

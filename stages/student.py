@@ -31,6 +31,8 @@ from stages.objective import Objective
 from storage.cache import MADE_AGAIN, TAIL_PRIOR, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.files import remove_temporaries, write_json
+from storage.json_text import parse_json
+from storage.new_path import check_new_path, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -236,6 +238,7 @@ def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPl
 def training_arguments(options: StudentOptions) -> Any:
     """Our defaults and the user's fields together; raises UserError for a name or a value that is refused."""
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
     known = {f.name for f in fields(TrainingArguments) if f.init}
     for name in options.trainer:
@@ -271,7 +274,10 @@ def training_arguments(options: StudentOptions) -> Any:
             label_names=[],
             disable_tqdm=True,
         )
-    except (ValueError, TypeError, ImportError) as error:
+        # Trainer would make them only once the caches are read.
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"--trainer: {' '.join(str(error).split())[:300]}") from None
     if arguments.n_gpu > 1:
         # Several GPUs are one process each (torchrun); Trainer would copy the model to all of them in threads.
@@ -304,7 +310,8 @@ def run_identity(options: StudentOptions, caches: Sequence[Cache]) -> dict[str, 
 
 def _previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str | None, dict[str, Any] | None]:
     """The checkpoint to go on from, or the metrics of a run that is already done."""
-    output = Path(options.output)
+    output = local_path(options.output, "a student")
+    check_new_path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; --output wants a directory")
     # Hidden files may be what a killed run left of its first one.
@@ -325,7 +332,7 @@ def _previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -339,7 +346,7 @@ def _last_whole_checkpoint(output: Path) -> str | None:
     for step in sorted(steps, reverse=True):
         checkpoint = output / f"checkpoint-{step}"
         try:
-            json.loads((checkpoint / "trainer_state.json").read_bytes())
+            parse_json((checkpoint / "trainer_state.json").read_bytes())
         except (OSError, ValueError):
             continue
         return str(checkpoint)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
 import queue
@@ -22,6 +21,7 @@ from stages.gguf_file import gguf_of
 from stages.pretrained import load_config
 from stages.vllm_plugin import CONFIG_KEY, PLUGIN_NAME, register
 from storage.errors import RunError, UserError
+from storage.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -232,8 +232,8 @@ def _value(text: str) -> object:
     if text in ("True", "False"):
         return text == "True"
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return text
 
 

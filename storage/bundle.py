@@ -29,6 +29,7 @@ from storage.cache import (
 )
 from storage.errors import CacheError, UserError
 from storage.files import atomic_file, sha256_file, sync_directory, temporary_for, write_bytes
+from storage.new_path import check_new_path
 
 SUFFIX = ".tar.zst"
 # The shards are compressed already.
@@ -114,6 +115,7 @@ def unbundle(file: Path, target: Path) -> Cache:
         raise UserError(f"{file}: no such file")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already; name a new directory")
+    check_new_path(target, "a cache is a directory")
     _check_sum(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(target)

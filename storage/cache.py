@@ -44,10 +44,12 @@ from storage.manifest import (
     read_receipt,
     write_model,
 )
+from storage.new_path import check_new_path
 from storage.places import Place, RemotePath, place
 from storage.rows import Rows
 from storage.sketch_file import NAME as SKETCH
 from storage.sketch_file import SketchFile, most_bytes
+from storage.words import are, counted
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -102,18 +104,16 @@ class Cache:
 
     @classmethod
     def check_target(cls, where: str | Place) -> None:
-        """Raises CacheError unless `where` can become a cache: absent, empty, or a cache already."""
+        """Raises UserError unless `where` can become a cache: absent, empty, or a cache already."""
         path = place(where)
         if isinstance(path, RemotePath):
             path.check_reachable()
         else:
-            for above in (path, *path.parents):
-                if above.exists():
-                    if not above.is_dir():
-                        raise CacheError(f"{above}: is a file; --output wants a directory")
-                    break
-            if not path.is_dir():
+            check_new_path(path)
+            if not path.exists():
                 return
+            if not path.is_dir():
+                raise CacheError(f"{path}: is a file; --output wants a directory")
         if not (path / MANIFEST).exists():
             # A sketch comes before the manifest that names it.
             strange = [entry.name for entry in path.iterdir() if entry.name[:1] != "." and entry.name != SKETCH]
@@ -347,7 +347,9 @@ class Cache:
                 f"not to shard {index} of {self._cache_id}"
             )
         if receipt.rows != self.manifest.shards[index].sequences:
-            raise CacheError(f"{path}: {receipt.rows} rows, the plan says {self.manifest.shards[index].sequences}")
+            raise CacheError(
+                f"{path}: {counted(receipt.rows, 'row')}, the plan says {self.manifest.shards[index].sequences}"
+            )
         return receipt
 
     def receipts(self, *, partial: bool = False) -> list[Receipt]:
@@ -357,16 +359,16 @@ class Cache:
         """
         if self.is_partial and not partial:
             raise CacheError(
-                f"{self.path}: holds {len(self.shards_here)} of {len(self.manifest.shards)} shards, pulled with "
-                "--shards; `pipeline pull` the rest, or use the URL itself"
+                f"{self.path}: holds {len(self.shards_here)} of {counted(len(self.manifest.shards), 'shard')}, pulled "
+                "with --shards; `pipeline pull` the rest, or use the URL itself"
             )
         there = {path.name for path in (self.path / SHARDS).glob("*.json")}
         pending = [index for index in self.shards_here if self.receipt_path(index).name not in there]
         if pending:
             raise CacheError(
-                f"{self.path}: unfinished, {len(pending)} of {len(self.shards_here)} shards are missing "
-                f"(first: {self.shard_path(pending[0]).name}); repeat the `pipeline cache-teacher`, push or pull "
-                "that began it"
+                f"{self.path}: unfinished, {len(pending)} of {counted(len(self.shards_here), 'shard')} "
+                f"{are(len(pending))} missing (first: {self.shard_path(pending[0]).name}); "
+                "repeat the `pipeline cache-teacher`, push or pull that began it"
             )
         with ThreadPoolExecutor(_READERS) as readers:
             receipts = list(readers.map(self.receipt, self.shards_here))
@@ -404,7 +406,7 @@ class Cache:
         except OSError as error:
             raise CacheError(f"{path}: cannot be read ({error.strerror or error})") from None
         if size != receipt.bytes:
-            raise CacheError(f"{path}: {size} bytes, its receipt says {receipt.bytes}")
+            raise CacheError(f"{path}: {counted(size, 'byte')}, its receipt says {receipt.bytes}")
         return receipt
 
     def _check_file(self, index: int, fetch: bool) -> Receipt:

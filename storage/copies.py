@@ -18,6 +18,7 @@ from typing import IO
 from storage.errors import CacheError, UserError
 from storage.files import HashingFile, is_temporary, remove_temporaries, temporary_for
 from storage.places import CHUNK, RemotePath
+from storage.words import counted
 
 FOLDER_VARIABLE = "PIPELINE_COPIES"
 BYTES_VARIABLE = "PIPELINE_COPIES_BYTES"
@@ -60,7 +61,7 @@ def open_copy(remote: RemotePath, sha256: str, size: int, *, fresh: bool = False
                 return file
             file.close()
     if (there := remote.stat().st_size) != size:
-        raise CacheError(f"{remote}: {there} bytes, its receipt says {size}")
+        raise CacheError(f"{remote}: {counted(there, 'byte')}, its receipt says {size}")
     _make_room(path.parent, size)
     temporary = temporary_for(path)
     try:

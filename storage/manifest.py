@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from storage import schema
-from storage.errors import CacheError
+from storage.errors import CacheError, UserError
 from storage.files import write_json
+from storage.json_text import parse_json
 from storage.places import Place
 
 _MAX_JSON_BYTES = 64 << 20
@@ -261,11 +262,22 @@ def _shown(value: Any) -> str:
 _M = TypeVar("_M", bound=BaseModel)
 
 
+def checked(model: type[_M], **values: Any) -> _M:
+    """Return `model(**values)` of values that a person chose. Raise UserError, with the first reason, for bad ones."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:1]).replace("_", " ")
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"these options cannot be kept in a cache: {name}{': ' if name else ''}{reason}") from None
+
+
 def _read_model(path: Place, model: type[_M], what: str) -> _M:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CacheError(f"{path}: too large to be a {what}")
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CacheError(f"{path}: there is no {what} here") from None
     except OSError as error:

@@ -25,6 +25,7 @@ from storage.manifest import Manifest
 from storage.places import Place
 from storage.quantization import LOGPROB_STEP, rounding
 from storage.rows import Ragged, Rows
+from storage.words import counted
 
 _ZSTD_LEVEL = 3
 # A uint8 is an int32 to Parquet: split, its three zero bytes cost nothing.
@@ -135,7 +136,8 @@ def read_shard(
                     raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
             if parquet.metadata.num_rows != manifest.shards[index].sequences:
                 raise CacheError(
-                    f"{path}: {parquet.metadata.num_rows} rows, the plan says {manifest.shards[index].sequences}"
+                    f"{path}: {counted(parquet.metadata.num_rows, 'row')}, "
+                    f"the plan says {manifest.shards[index].sequences}"
                 )
             table = read_checked(parquet, source, most_values(manifest, index), names)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from storage.errors import CacheError
+from storage.json_text import parse_json
 from storage.places import Place
 
 NAME = "sketch.safetensors"
@@ -64,8 +65,8 @@ class SketchFile:
 
         try:
             tensors = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            about = json.loads(header["__metadata__"][_KEY])
+            header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            about = parse_json(header["__metadata__"][_KEY])
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CacheError(f"{path}: not a sketch ({' '.join(str(error).split())[:120]})") from None
         sizes = {"r": rank, "V": vocabulary_size}

@@ -9,6 +9,7 @@ import click
 
 from pipeline.commands import cache_teacher
 from pipeline.config_file import config_option
+from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, summary, table
 from pipeline.shared_options import engine_options, options_of
 from storage.errors import RunError
@@ -42,15 +43,15 @@ _TEACHER = (
 )
 @click.option(
     "--share",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FloatRange(0, 1, min_open=True),
     show_default="none",
     help="Instead of --sequences: the share of all sequences to score again, 0 to 1.",
 )
-@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the draw.")
+@click.option("--seed", default=0, type=SEED, help="Seed of the draw.")
 @click.option(
     "--threshold",
     metavar="NATS",
-    type=click.FloatRange(0, min_open=True),
+    type=FloatRange(0, min_open=True),
     show_default="8 times the control's, at least 0.001 in float32, 0.1 else",
     help="Largest difference that passes, at any position; a mean may be a tenth of it.",
 )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.config_file import config_option, key_value_option
+from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, printable
 from pipeline.reports import show_cache
 from pipeline.shared_options import engine_options
+from storage.words import are, counted
 
 if TYPE_CHECKING:
-    from stages.caching import CacheOptions
+    from stages.caching import CacheOptions, PreparedCache
     from stages.corpus import CorpusReport
 
 # Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
@@ -32,6 +35,7 @@ _TURNS = ("all", "last", "each")
     "dataset on the hub (name or name:config). Rows are text, prompt + completion, chat messages, or input_ids.",
 )
 @click.option(
+    "-o",
     "--output",
     required=True,
     metavar="DIR_OR_URL",
@@ -49,7 +53,7 @@ _TURNS = ("all", "last", "each")
 @click.option(
     "--tail-epsilon",
     default=0.0,
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FloatRange(0, 1, max_open=True),
     show_default="off: every position keeps --top-n",
     help="Keep, at each position, only as many of the --top-n most probable tokens as leave less than this mass in the "
     "tail.",
@@ -59,14 +63,14 @@ _TURNS = ("all", "last", "each")
     "--temperature",
     "temperatures",
     multiple=True,
-    type=click.FloatRange(0, min_open=True),
+    type=FloatRange(0, min_open=True),
     show_default="only 1",
     help="Keep the tail's mass at this temperature too, so that students can train at it; may be repeated.",
 )
 @click.option(
     "--tail-samples",
     default=None,
-    type=click.IntRange(0),
+    type=click.IntRange(0, 65535),
     show_default="28; 0 with a sketch, a server or --vllm-route prompt-logprobs",
     help="Ids drawn from the tail at each position, in proportion to their probability.",
 )
@@ -210,7 +214,7 @@ _TURNS = ("all", "last", "each")
     type=click.IntRange(2),
     help="transformers: tokens of one forward pass; lower it if memory runs out.",
 )
-@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of whatever is drawn at random.")
+@click.option("--seed", default=0, type=SEED, help="Seed of whatever is drawn at random.")
 @click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub teacher.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher.")
 @click.option(
@@ -244,6 +248,7 @@ def command(**given: Any) -> None:
 
     prepared = prepare(cache_options(given))
     report_corpus(prepared.report)
+    _show_first(prepared)
     click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     for note in prepared.choice.notes:
         click.echo(f"engine: {note}", err=True)
@@ -251,9 +256,12 @@ def command(**given: Any) -> None:
         click.echo(prepared.note, err=True)
     total, waiting = len(prepared.manifest.shards), len(prepared.pending)
     if waiting == total:
-        click.echo(f"{total} shards to score", err=True)
+        click.echo(f"{counted(total, 'shard')} to score", err=True)
     else:
-        click.echo(f"{total - waiting} of {total} shards are done already, {waiting} to score", err=True)
+        click.echo(
+            f"{total - waiting} of {counted(total, 'shard')} {are(total - waiting)} done already, {waiting} to score",
+            err=True,
+        )
     tokens = prepared.manifest.corpus.tokens
     if prepared.pending:
         click.echo("loading the teacher", err=True)
@@ -282,6 +290,15 @@ def cache_options(given: dict[str, Any]) -> CacheOptions:
     return CacheOptions(engine_options(given), columns=columns, **given)
 
 
+def _show_first(prepared: PreparedCache) -> None:
+    """The first sequence on stderr, around its first trained tokens."""
+    from pipeline.mask_view import shortened, show, stretches
+
+    first = prepared.corpus.read(0, 1)[0]
+    view = shortened(stretches(prepared.tokenizer, first.input_ids, first.loss_mask))
+    show(view, "the first sequence", first.input_ids, first.loss_mask, sys.stderr)
+
+
 def _report_sketch(explained: float, equal_tail_samples: float | None) -> None:
     from stages.caching import DEFAULT_TAIL_SAMPLES
 
@@ -300,26 +317,51 @@ def _report_sketch(explained: float, equal_tail_samples: float | None) -> None:
 def report_corpus(report: CorpusReport) -> None:
     """What became of the rows, on stderr; every kind of loss that occurred is named."""
     click.echo(
-        f"corpus: {report.rows} rows, {report.sequences} sequences, {report.tokens} tokens, "
-        f"{report.trained_positions} of {report.scored_positions} positions with a loss",
+        f"corpus: {counted(report.rows, 'row')}, {counted(report.sequences, 'sequence')}, "
+        f"{counted(report.tokens, 'token')}, "
+        f"{report.trained_positions} of {counted(report.scored_positions, 'position')} with a loss",
         err=True,
     )
-    for count, what in [
-        (report.empty, "empty rows left out"),
-        (report.too_short, "rows of fewer than two tokens left out"),
-        (report.without_loss, "sequences with no token to train on left out"),
-        (report.cut, "rows cut at --max-length (--overlong split keeps the rest)"),
-        (report.split, "rows longer than --max-length split into several sequences"),
-        (
-            report.turns_without_end,
-            "assistant turns end in no token that stops the teacher, so students do not learn to stop",
-        ),
-        (report.open_thoughts, "assistant turns answer inside the <think> that the generation prompt opens"),
-        (report.special_text, "rows contain text that the tokenizer reads as special tokens"),
+    for count, noun, what in [
+        (report.empty, "empty row", "left out"),
+        (report.too_short, "row", "of fewer than two tokens left out"),
+        (report.without_loss, "sequence", "with no token to train on left out"),
+        (report.cut, "row", "cut at --max-length (--overlong split keeps the rest)"),
+        (report.split, "row", "longer than --max-length split into several sequences"),
     ]:
         if count:
-            click.echo(f"corpus: {count} {what}", err=True)
+            click.echo(f"corpus: {counted(count, noun)} {what}", err=True)
+    for field, noun, one, several in _WHAT_ROWS_DO:
+        if number := getattr(report, field):
+            click.echo(f"corpus: {counted(number, noun)} {one if number == 1 else several}", err=True)
     if report.unread_columns:
         click.echo(f"corpus: columns that are not read: {printable(', '.join(report.unread_columns))}", err=True)
     for note in report.notes:
         click.echo(f"corpus: {printable(note)}", err=True)
+
+
+def _both(verb: str, rest: str) -> tuple[str, str]:
+    """The sentence about one and about several."""
+    return f"{verb}s {rest}", f"{verb} {rest}"
+
+
+# A number of the report, what it counts, and what these do.
+_WHAT_ROWS_DO = [
+    (
+        "turns_without_end",
+        "assistant turn",
+        *_both("end", "in no token that stops the teacher, so students do not learn to stop"),
+    ),
+    ("open_thoughts", "assistant turn", *_both("answer", "inside the <think> that the generation prompt opens")),
+    ("special_text", "row", *_both("contain", "text that the tokenizer reads as special tokens")),
+    ("unfinished", "row", *_both("say", "that the text was cut when it was written, so no end token has a loss")),
+    (
+        "ended",
+        "sequence",
+        *_both(
+            "end",
+            "with an end-of-sequence token that has a loss; for rows that are pieces of documents --no-append-eos "
+            "leaves it out",
+        ),
+    ),
+]

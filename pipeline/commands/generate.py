@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from pipeline.config_file import config_option, key_value_option
+from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, summary
+from storage.words import are, counted
 
 
 @click.command("generate")
@@ -21,34 +23,39 @@ from pipeline.progress import Progress, summary
     help="Rows with a `prompt`, or with chat `messages` that end before the answer; files as for cache-teacher.",
 )
 @click.option(
+    "-o",
     "--output",
     required=True,
     metavar="FILE.jsonl",
     type=click.Path(),
     help="The rows with their completions; input for cache-teacher.",
 )
-@click.option("--max-new-tokens", default=512, type=click.IntRange(1), help="Longest completion, in tokens.")
+@click.option(
+    "--max-new-tokens",
+    default=512,
+    type=click.IntRange(1),
+    help="Longest completion, in tokens. One that is cut there gets no end token when it is cached.",
+)
 @click.option(
     "--max-length",
     type=click.IntRange(2),
     show_default="the model's context",
     help="Longest prompt and completion together, in tokens.",
 )
-@click.option(
-    "--temperature", default=1.0, type=click.FloatRange(0), help="Of sampling; 0 takes the most probable token."
-)
+@click.option("--temperature", default=1.0, type=FloatRange(0), help="Of sampling; 0 takes the most probable token.")
 @click.option(
     "--top-p",
     default=1.0,
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FloatRange(0, 1, min_open=True),
     help="Sample from the most probable tokens of this mass only.",
 )
 @click.option("--samples", default=1, type=click.IntRange(1), help="Completions per prompt.")
-@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the sampling.")
+@click.option("--seed", default=0, type=SEED, help="Seed of the sampling.")
 @click.option(
     "--token-ids",
     is_flag=True,
-    help="Write input_ids and loss_mask instead of text: exactly the tokens that were drawn.",
+    help="Write input_ids and loss_mask instead of text: exactly the tokens that were drawn, and the end token only "
+    "where it was drawn.",
 )
 @click.option("--prompt-column", metavar="NAME", show_default="prompt", help="Column of prompts.")
 @click.option("--messages-column", metavar="NAME", show_default="messages", help="Column of chat messages.")
@@ -74,11 +81,14 @@ def command(**given: Any) -> None:
       pipeline generate --model ./student --prompts prompts.jsonl --output on-policy.jsonl --token-ids
       pipeline cache-teacher --teacher ./teacher --dataset on-policy.jsonl --output on-policy-cache/
     """
-    from stages.generation import GenerateOptions, prepare, run
+    from stages.generation import GenerateOptions, own_sampling, prepare, run
 
-    prepared = prepare(GenerateOptions(**given))
+    options = GenerateOptions(**given)
+    prepared = prepare(options)
     left = len(prepared.prompts) - prepared.done
-    click.echo(f"{prepared.done} of {len(prepared.prompts)} completions are there already, {left} to write", err=True)
+    there = f"{prepared.done} of {counted(len(prepared.prompts), 'completion')} {are(prepared.done)} there already"
+    click.echo(f"{there}, {left} to write", err=True)
+    click.echo(_sampling_sentence(options.temperature, options.top_p, options.seed, own_sampling(options)), err=True)
     new = 0
 
     def advance(tokens: int) -> None:
@@ -87,5 +97,19 @@ def command(**given: Any) -> None:
         progress.advance(tokens)
 
     with Progress("generating", None) as progress:
-        completions = run(prepared, advance)
-    summary("completions", [("where", given["output"]), ("completions", completions), ("tokens written now", new)])
+        made = run(prepared, advance)
+    rows = [("where", options.output), ("completions", made.completions), ("cut at --max-new-tokens", made.cut)]
+    summary("completions", [*rows, ("tokens written now", new)])
+    if made.cut:
+        click.echo(
+            f"{made.cut} of {counted(made.completions, 'completion')} {are(made.cut)} cut "
+            f"(finish_reason: length): cache-teacher trains no end there; a higher --max-new-tokens lets them end",
+            err=True,
+        )
+
+
+def _sampling_sentence(temperature: float, top_p: float, seed: int, own: dict[str, Any]) -> str:
+    how = f"temperature {temperature:g}, top-p {top_p:g}, seed {seed}" if temperature else "the most probable token"
+    said = ", ".join(f"{name} {value}" for name, value in own.items())
+    aside = f"; the model's generation_config says {said}, which is left aside" if said else ""
+    return f"sampling: {how}{aside}"

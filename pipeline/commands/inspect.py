@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -10,9 +11,13 @@ import click
 from pipeline.progress import summary, table
 from pipeline.reports import summary_rows
 from storage.errors import UserError
+from storage.words import counted
 
 if TYPE_CHECKING:
     from storage.cache import Cache
+
+
+_ALTERNATIVES = 8
 
 
 @click.command("inspect")
@@ -26,13 +31,22 @@ if TYPE_CHECKING:
     show_default="the middle one with a loss",
     help="Scored position to show, by its index in the sequence.",
 )
-@click.option("--alternatives", default=8, type=click.IntRange(1), help="How many of the teacher's tokens to show.")
-def command(directory: str, sequence: int | None, position: int | None, alternatives: int) -> None:
+@click.option(
+    "--alternatives", type=click.IntRange(1), show_default="8", help="How many of the teacher's tokens to show."
+)
+@click.option(
+    "--masks", is_flag=True, help="Show the whole sequence as text instead, the tokens that have a loss marked in it."
+)
+def command(directory: str, sequence: int | None, position: int | None, alternatives: int | None, masks: bool) -> None:
     """Show what a cache is and holds, and one position as text with the teacher's alternatives.
+
+    With --masks: the text of one sequence, underlined where it has a loss, or between [[ and ]] where the output is no
+    terminal. Other marks take their place, and are named, where the text itself holds these.
 
     \b
     Example:
       pipeline inspect cache/
+      pipeline inspect cache/ --sequence 12 --masks
       pipeline inspect cache/ --sequence 12 --position 40 --alternatives 20
       pipeline inspect s3://bucket/cache
     """
@@ -42,15 +56,22 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
     from stages.summary import summarize
     from storage.cache import Cache
 
+    if masks and (position is not None or alternatives is not None):
+        raise UserError("--masks shows a whole sequence; leave out --position and --alternatives")
     cache = Cache.open(directory)
     manifest = cache.manifest
     if sequence is None:
         sequence = manifest.shards[cache.shards_here[0]].first
     if sequence >= manifest.corpus.sequences:
-        raise UserError(f"--sequence {sequence}: this cache holds {manifest.corpus.sequences} sequences, from 0")
+        raise UserError(
+            f"--sequence {sequence}: this cache holds {counted(manifest.corpus.sequences, 'sequence')}, from 0"
+        )
     shard = next(i for i, planned in enumerate(manifest.shards) if sequence < planned.first + planned.sequences)
     if shard not in cache.shards_here:
         raise UserError(f"--sequence {sequence}: is in shard {shard}, which was not pulled to {directory}")
+    if masks:
+        _show_masks(cache, shard, sequence)
+        return
     numbers = summarize(cache)
     rows = cache.read_shard(shard)
     row = sequence - manifest.shards[shard].first
@@ -59,7 +80,9 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
     if position is None:
         position = int(stored[len(stored) // 2])
     if position >= len(mask):
-        raise UserError(f"--position {position}: sequence {sequence} has {len(mask)} scored positions, from 0")
+        raise UserError(
+            f"--position {position}: sequence {sequence} has {counted(len(mask), 'scored position')}, from 0"
+        )
     tokenizer = cache_tokenizer(cache)
 
     summary(
@@ -94,7 +117,7 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
         click.echo("this position has no loss, so its top-N is not stored")
         return
     start = int(counts[:position].sum())
-    shown = slice(start, start + min(alternatives, int(counts[position])))
+    shown = slice(start, start + min(alternatives or _ALTERNATIVES, int(counts[position])))
     table(
         "the teacher's tokens",
         ["rank", "token", "id", "probability"],
@@ -110,6 +133,17 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
             )
         ],
     )
+
+
+def _show_masks(cache: Cache, shard: int, sequence: int) -> None:
+    from pipeline.mask_view import show, stretches
+    from stages.compatibility import cache_tokenizer
+
+    rows = cache.read_shard(shard, ["input_ids", "loss_mask"])
+    row = sequence - cache.manifest.shards[shard].first
+    ids, mask = rows["input_ids"][row], rows["loss_mask"][row]
+    view = stretches(cache_tokenizer(cache), ids, mask)
+    show(view, f"sequence {sequence} of {cache.manifest.corpus.sequences}", ids, mask, sys.stdout)
 
 
 def _explained(cache: Cache) -> None:

@@ -9,9 +9,11 @@ import click
 
 from pipeline.commands import cache_teacher
 from pipeline.numbers import format_bytes, format_duration
+from pipeline.option_types import FloatRange
 from pipeline.progress import summary, table
 from pipeline.reports import noise_rows, number
 from pipeline.shared_options import options_of
+from storage.words import counted
 
 if TYPE_CHECKING:
     from stages.planning import Plan
@@ -22,6 +24,7 @@ _SHARED = [param.name for param in cache_teacher.command.params if param.name an
 @click.command("plan")
 @options_of(cache_teacher.command, _SHARED)
 @click.option(
+    "-o",
     "--output",
     default="",
     metavar="DIR_OR_URL",
@@ -38,7 +41,7 @@ _SHARED = [param.name for param in cache_teacher.command.params if param.name an
 @click.option(
     "--student-epochs",
     default=1.0,
-    type=click.FloatRange(0, min_open=True),
+    type=FloatRange(0, min_open=True),
     help="Passes over the corpus of one student run, for when the cache has paid for itself.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
@@ -59,7 +62,7 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
 
     options = cache_teacher.cache_options(given)
     if probe is not None:
-        click.echo(f"the teacher is loaded and scores {probe} sequences", err=True)
+        click.echo(f"the teacher is loaded and scores {counted(probe, 'sequence')}", err=True)
     found = plan(options, probe=probe, student_epochs=student_epochs)
     report, measured = found.report, found.probe
     cache_teacher.report_corpus(report)
@@ -86,7 +89,11 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
                 for column in found.columns
             ],
         )
-    how = "estimate; --probe 64 measures" if measured is None else f"measured on {measured.sequences:,} sequences"
+    how = (
+        "estimate; --probe 64 measures"
+        if measured is None
+        else f"measured on {counted(measured.sequences, 'sequence', ',')}"
+    )
     rows: list[tuple[str, object]] = [
         ("sequences", f"{report.sequences:,}"),
         ("tokens", f"{report.tokens:,}"),
@@ -106,7 +113,10 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
             ("time to load it", format_duration(measured.load_seconds)),
             ("time to cache", format_duration(found.caching_seconds)),
             ("online distillation", f"{format_duration(found.teacher_seconds)} of teacher in each epoch of each run"),
-            ("paid for after", f"{runs} student runs of {student_epochs:g} epochs"),
+            (
+                "paid for after",
+                f"{counted(runs or 0, 'student run')} of {student_epochs:g} epoch{'s' * (student_epochs != 1)}",
+            ),
         ]
     summary("plan", rows)
 
@@ -115,7 +125,7 @@ def _sketch_rows(found: Plan) -> list[tuple[str, object]]:
     if not found.sketch_rank:
         return []
     rows: list[tuple[str, object]] = [
-        ("sketch", f"rank {found.sketch_rank}, {found.residual_samples} residual samples per position")
+        ("sketch", f"rank {found.sketch_rank}, {counted(found.residual_samples, 'residual sample')} per position")
     ]
     if found.probe is None or found.probe.sketch is None:
         return rows

@@ -6,6 +6,7 @@ import click
 
 from pipeline.numbers import parse_range
 from pipeline.progress import Progress
+from storage.words import counted
 
 
 @click.command("pull")
@@ -35,9 +36,9 @@ def command(url: str, directory: str, shards: str | None, jobs: int) -> None:
 
     cache = Cache.open(url)
     planned = cache.manifest.shards
-    wanted = parse_range(shards, "--shards", len(planned), "shards")
+    wanted = parse_range(shards, "--shards", len(planned), "shard")
     with Progress("pulling", sum(planned[index].tokens for index in wanted)) as progress:
         copied = copy_cache(
             cache, directory, shards=wanted, jobs=jobs, progress=lambda shard: progress.advance(planned[shard].tokens)
         )
-    click.echo(f"{directory}: {len(wanted)} of {len(planned)} shards, {copied} of them copied now")
+    click.echo(f"{directory}: {len(wanted)} of {counted(len(planned), 'shard')}, {copied} of them copied now")

@@ -6,6 +6,7 @@ import click
 
 from pipeline.derived_cache import derive
 from pipeline.numbers import parse_range
+from pipeline.option_types import FloatRange
 
 
 @click.command("select")
@@ -19,13 +20,13 @@ from pipeline.numbers import parse_range
 @click.option(
     "--min-loss-share",
     default=0.0,
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     help="Leave out sequences in which a smaller share of the positions has a loss.",
 )
 @click.option("--top-n", type=click.IntRange(1, 65535), show_default="as there", help="Keep at most this many entries.")
 @click.option(
     "--tail-epsilon",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FloatRange(0, 1, max_open=True),
     show_default="as there",
     help="Keep, at each position, only as many entries as leave less than this mass in the tail.",
 )
@@ -39,7 +40,10 @@ from pipeline.numbers import parse_range
     help="Bits of a stored top-N log-probability.",
 )
 @click.option(
-    "--tail-samples", type=click.IntRange(0), show_default="as there", help="Keep this many samples per position."
+    "--tail-samples",
+    type=click.IntRange(0, 65535),
+    show_default="as there",
+    help="Keep this many samples per position.",
 )
 @click.option(
     "--drop",
@@ -66,7 +70,7 @@ def command(source: str, output: str, sequences: str | None, **given: object) ->
     from storage.cache import Cache
 
     opened = Cache.open(source)
-    chosen = parse_range(sequences, "--sequences", opened.manifest.corpus.sequences, "sequences")
+    chosen = parse_range(sequences, "--sequences", opened.manifest.corpus.sequences, "sequence")
     bits = given.pop("logprob_bits")
     selection = Selection(
         first=chosen.start,

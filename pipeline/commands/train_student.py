@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.config_file import config_option, key_value_option
+from pipeline.numbers import format_share
+from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import summary
+from storage.words import counted
 
 if TYPE_CHECKING:
     from stages.student import Part
@@ -69,6 +72,7 @@ _OBJECTIVE = (
     "all caches hold; a cache with fewer than its share is gone through again, one with more goes on in the next.",
 )
 @click.option(
+    "-o",
     "--output",
     required=True,
     metavar="DIR",
@@ -89,19 +93,19 @@ _OBJECTIVE = (
 @click.option(
     "--hard-ratio",
     default=0.5,
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     help="atkd: share of the tokens, by the teacher's uncertainty, that is hard.",
 )
 @click.option(
     "--easy-weight",
     default=0.2,
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     help="atkd: lambda, the weight of the easy tokens' DKD; hard ones get the rest.",
 )
 @click.option(
     "--ce-weight",
     default=0.0,
-    type=click.FloatRange(0),
+    type=FloatRange(0),
     help="Weight of cross-entropy on gold, added to any objective.",
 )
 @click.option(
@@ -127,7 +131,7 @@ _OBJECTIVE = (
 @click.option(
     "--beta",
     default=0.5,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FloatRange(0, 1, min_open=True, max_open=True),
     help="jsd: the teacher's share of the mixture.",
 )
 @click.option(
@@ -139,7 +143,7 @@ _OBJECTIVE = (
 @click.option(
     "--temperature",
     default=1.0,
-    type=click.FloatRange(0, min_open=True),
+    type=FloatRange(0, min_open=True),
     help="Of teacher and student in the divergences; one that the cache holds.",
 )
 @click.option(
@@ -159,17 +163,17 @@ _OBJECTIVE = (
 @click.option(
     "--tail-gamma",
     default=0.5,
-    type=click.FloatRange(0, 1),
+    type=FloatRange(0, 1),
     help="prior: how much the mean tail distribution weighs against the student's own, as an exponent.",
 )
 @click.option(
     "--eval-share",
     default=0.05,
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FloatRange(0, 1, max_open=True),
     help="Share of the sequences held out and evaluated on.",
 )
-@click.option("--learning-rate", type=float, show_default="5e-5", help="Peak learning rate.")
-@click.option("--epochs", type=float, show_default="3", help="Passes over the training share.")
+@click.option("--learning-rate", type=FloatRange(), show_default="5e-5", help="Peak learning rate.")
+@click.option("--epochs", type=FloatRange(), show_default="3", help="Passes over the training share.")
 @click.option("--max-steps", type=int, show_default="by epochs", help="Optimiser steps; beats --epochs.")
 @click.option(
     "--batching",
@@ -200,8 +204,10 @@ _OBJECTIVE = (
     show_default="linear",
     help="Learning-rate schedule: linear, cosine, constant_with_warmup, ...",
 )
-@click.option("--warmup-steps", type=float, show_default="0", help="Steps of warm-up, or a share of all below 1.")
-@click.option("--weight-decay", type=float, show_default="0", help="AdamW's weight decay.")
+@click.option(
+    "--warmup-steps", type=FloatRange(), show_default="0", help="Steps of warm-up, or below 1 a share of all."
+)
+@click.option("--weight-decay", type=FloatRange(), show_default="0", help="AdamW's weight decay.")
 @click.option("--bf16/--no-bf16", default=None, show_default="no", help="Mixed precision in bfloat16.")
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]), help="Precision of the student's weights."
@@ -212,7 +218,7 @@ _OBJECTIVE = (
     show_default="off",
     help="Train LoRA adapters of this rank instead of all weights, and save only them (needs peft).",
 )
-@click.option("--lora-alpha", type=click.FloatRange(0, min_open=True), show_default="2 x rank", help="LoRA's scale.")
+@click.option("--lora-alpha", type=FloatRange(0, min_open=True), show_default="2 x rank", help="LoRA's scale.")
 @click.option(
     "--lora-target",
     metavar="NAME,NAME,...",
@@ -222,7 +228,7 @@ _OBJECTIVE = (
 @click.option("--eval-steps", type=click.IntRange(1), show_default="every epoch", help="Steps between evaluations.")
 @click.option("--save-steps", type=click.IntRange(1), show_default="500", help="Steps between checkpoints.")
 @click.option("--report-to", metavar="NAME", show_default="none", help="Where to log as well: tensorboard, wandb, ...")
-@click.option("--seed", default=42, type=click.IntRange(0), help="Seed of initial weights, shuffle and dropout.")
+@click.option("--seed", default=42, type=SEED, help="Seed of initial weights, shuffle and dropout.")
 @click.option("--revision", metavar="REV", show_default="main", help="Branch, tag or commit of a hub student.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the student.")
 @click.option(
@@ -291,9 +297,9 @@ def _part_sentence(part: Part) -> str:
     cache = part.cache
     here, count = int(sequences_here(cache).sum()), cache.manifest.corpus.sequences
     return (
-        f"{cache.path}: a part, {len(cache.shards_here)} of {len(cache.manifest.shards)} shards with {here:,} of "
-        f"{count:,} sequences ({here / count:.1%}), {len(part.eval_ids):,} of them held out; which are held out, and "
-        "the mean tail distribution, are those of the whole cache"
+        f"{cache.path}: a part, {len(cache.shards_here)} of {counted(len(cache.manifest.shards), 'shard')} "
+        f"with {here:,} of {counted(count, 'sequence', ',')} ({format_share(here / count)}), {len(part.eval_ids):,} of "
+        "them held out; which are held out, and the mean tail distribution, are those of the whole cache"
     )
 
 
@@ -312,19 +318,19 @@ def _rows(output: str, report: dict[str, Any]) -> list[tuple[str, object]]:
         ("steps", report["steps"]),
         ("tokens/s", f"{report['train_tokens_per_second']:,.0f}"),
     ]
-    for measure, label in [
-        ("cross_entropy", "held-out cross-entropy (nats)"),
-        ("kl", "held-out KL to the teacher (nats)"),
-        ("agreement", "held-out top-1 agreement"),
+    for measure, label, shown in [
+        ("cross_entropy", "held-out cross-entropy (nats)", "{:.4f}".format),
+        ("kl", "held-out KL to the teacher (nats)", "{:.4f}".format),
+        ("agreement", "held-out top-1 agreement", format_share),
     ]:
         name = f"eval_{measure}"
         if name in report:
             parts = "".join(
-                f", {group} {report[f'{name}_{group}']:.4f}"
+                f", {group} {shown(report[f'{name}_{group}'])}"
                 for group in ("easy", "hard")
                 if f"{name}_{group}" in report
             )
-            rows.append((label, f"{report[name]:.4f}{parts}"))
+            rows.append((label, f"{shown(report[name])}{parts}"))
     if "eval_teacher_cross_entropy" in report:
         rows.append(("the teacher's own cross-entropy", f"{report['eval_teacher_cross_entropy']:.4f}"))
     return rows

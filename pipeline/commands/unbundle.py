@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
+
+from storage.words import counted
 
 
 @click.command("unbundle")
-@click.argument("file", metavar="FILE.tar.zst", type=click.Path(path_type=Path))
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def command(file: Path, directory: Path) -> None:
+@click.argument("file", metavar="FILE.tar.zst", type=click.Path())
+@click.argument("directory", metavar="DIR", type=click.Path())
+def command(file: str, directory: str) -> None:
     """Unpack a bundle into a new directory, which appears only when every shard has been checked.
 
     The checksum beside the file is compared where there is one; members that are no plain files inside the directory
@@ -21,6 +21,9 @@ def command(file: Path, directory: Path) -> None:
       pipeline unbundle cache.tar.zst cache/
     """
     from storage.bundle import unbundle
+    from storage.new_path import local_path
 
-    cache = unbundle(file, directory)
-    click.echo(f"{directory}: {len(cache.shards_here)} shards, all sound; cache id {cache.manifest.cache_id}")
+    cache = unbundle(local_path(file, "a bundle"), local_path(directory, "an unpacked cache"))
+    click.echo(
+        f"{directory}: {counted(len(cache.shards_here), 'shard')}, all sound; cache id {cache.manifest.cache_id}"
+    )

@@ -6,6 +6,7 @@ import click
 
 from pipeline.progress import Progress, printable
 from storage.errors import RunError, UserError
+from storage.words import counted
 
 
 @click.command("verify")
@@ -40,5 +41,5 @@ def command(directory: str) -> None:
         found += 1
         click.echo(printable(str(error)))
     if found:
-        raise RunError(f"{directory}: {found} problem{'s' * (found > 1)} in this cache")
-    click.echo(f"{directory}: {len(cache.shards_here)} shards, {tokens} tokens, all sound")
+        raise RunError(f"{directory}: {counted(found, 'problem')} in this cache")
+    click.echo(f"{directory}: {counted(len(cache.shards_here), 'shard')}, {counted(tokens, 'token')}, all sound")

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.numbers import format_bytes, format_count, format_duration, format_percent, format_rate
+from pipeline.numbers import format_bytes, format_count, format_duration, format_percent, format_rate, format_share
 from pipeline.progress import Progress, printable, summary, table
+from storage.words import are, counted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -305,4 +306,49 @@ def test_printable() -> None:
     ],
 )
 def test_numbers(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_loading_is_no_part_of_the_rate() -> None:
+    """Twenty minutes of loading before fifty seconds of work must not say that hours are left."""
+    out, clock = io.StringIO(), Clock()
+    with Progress("caching", 100_000, stream=out, clock=clock) as progress:
+        clock.now += 1200
+        progress.advance(0)
+        for _ in range(4):
+            clock.now += 10
+            progress.advance(20_000)
+    assert out.getvalue().splitlines() == [
+        "caching: 20.0k/100.0k tokens (20%), 2.0k tokens/s, 40s left",
+        "caching: 40.0k/100.0k tokens (40%), 2.0k tokens/s, 30s left",
+        "caching: 60.0k/100.0k tokens (60%), 2.0k tokens/s, 20s left",
+        "caching: 80.0k/100.0k tokens (80%), 2.0k tokens/s, 10s left",
+        "caching: 80.0k/100.0k tokens (80%), 2.0k tokens/s, 20m40s in all (20m00s of it loading)",
+    ]
+
+
+def test_a_note_without_tokens_does_not_start_the_clock_anew() -> None:
+    out, clock = io.StringIO(), Clock()
+    with Progress("training", 100, stream=out, clock=clock) as progress:
+        clock.now += 5
+        progress.advance(50)
+        clock.now += 5
+        progress.advance(0, note="loss 1")
+    assert out.getvalue().splitlines()[-1] == "training: 50/100 tokens (50%), 5.0 tokens/s, 10s in all, loss 1"
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (counted(1, "shard"), "1 shard"),
+        (counted(0, "shard"), "0 shards"),
+        (counted(12_000, "shard"), "12000 shards"),
+        (counted(12_000, "shard", ","), "12,000 shards"),
+        (are(1) + are(0) + are(2), "isareare"),
+        (format_share(0.0076), "0.8%"),
+        (format_share(1.0), "100.0%"),
+        (format_share(math.nan), "unknown"),
+    ],
+)
+def test_words(shown: str, expected: str) -> None:
     assert shown == expected

@@ -103,10 +103,7 @@ def fold(path: Path) -> None:
         (lambda c: edit_receipt(c, 1, shard=0), ["part-00001.json: this receipt belongs to shard 0"]),
         (lambda c: edit_receipt(c, 1, cache_id="f" * 16), ["part-00001.json: this receipt belongs to shard 1 of"]),
         (lambda c: edit_receipt(c, 1, sum_unc=0.5), ["part-00001.json: says sums"]),
-        (
-            lambda c: edit_receipt(c, 1, sum_tail_mass=0.5),
-            ["part-00001.json: says sums", "tail_prior.parquet: does not"],
-        ),
+        (lambda c: edit_receipt(c, 1, sum_tail_mass=0.5), ["part-00001.json: says sums"]),
         (
             lambda c: swap(c.shard_path(0), c.shard_path(1)),
             ["part-00000.parquet: ", "part-00001.parquet: "],
@@ -232,3 +229,33 @@ def test_sealing_before_the_last_receipt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"unfinished, 2 of 3 shards are missing \(first: part-00001"):
         cache.seal("card")
     assert not cache.is_sealed and cache.tail_prior() is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c, i: flip(c.shard_path(i)),
+        lambda c, i: c.shard_path(i).unlink(),
+        lambda c, i: c.receipt_path(i).unlink(),
+        lambda c, i: edit_receipt(c, i, stored_positions=99),
+        lambda c, i: edit_receipt(c, i, sum_tail_mass=9.0),
+        lambda c, i: rewrite(c, i, tail_logmass=np.full(len(make_rows(MANIFEST, i)[0]["tail_logmass"].values), -9.0)),
+    ],
+)
+@pytest.mark.parametrize("prior", [True, False])
+def test_a_damaged_shard_is_no_damage_of_the_tail_prior(
+    tmp_path: Path, damage: Callable[[Cache, int], object], prior: bool
+) -> None:
+    """Neither of the one that is there, nor of one that no engine gave; also where every shard is damaged."""
+    for count in (1, SHARDS):
+        cache = Cache.create_or_resume(tmp_path / str(count), MANIFEST)
+        for index in range(SHARDS):
+            rows, tail_sum = make_rows(MANIFEST, index)
+            cache.write_shard(index, rows, tail_sum if prior else None, 0.0)
+        cache.seal("card")
+        assert list(problems(cache)) == []
+        for index in range(count):
+            damage(cache, index)
+        found = list(problems(Cache.open(cache.path)))
+        assert len({name for index in range(SHARDS) for name in found if f"part-{index:05d}" in name}) >= count
+        assert not [problem for problem in found if "tail_prior" in problem]

@@ -1,0 +1,66 @@
+"""Rows whose text was cut when it was written: no token that ends them may have a loss.
+
+A model that ran into its limit of tokens did not stop. A student that is trained on an end token there learns to stop
+in the middle of an answer. `generate` and the vendors' APIs say so in a column beside the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+# The columns that are read where they are there.
+COLUMNS = ("finish_reason", "stop_reason", "truncated")
+# What they say of a text that was cut, in lower case with underscores: of OpenAI and vLLM, Mistral, Anthropic, Google.
+_CUT = frozenset(
+    {
+        *("length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length"),
+        *("model_context_window_exceeded", "content_filter", "content_filtered", "safety", "abort", "aborted"),
+        *("incomplete", "truncated"),
+    }
+)
+
+
+def was_cut(values: Iterable[Any]) -> bool:
+    """Return True if one of the values of COLUMNS in a row says that its text was cut: a word of _CUT, or true."""
+    return any(
+        value is True or (isinstance(value, str) and value.strip().lower().replace("-", "_").replace(" ", "_") in _CUT)
+        for value in values
+    )
+
+
+def without_end(ids: np.ndarray, mask: np.ndarray, tokenizer: Any, end_ids: Iterable[int] = ()) -> np.ndarray:
+    """Return a chat's loss mask bool [L-1] without the tokens that end its last trained stretch.
+
+    ids: [L]. mask: bool [L-1]; entry t is about id t + 1. Every special token may end a turn, and the
+    tokens `end_ids`; a template may write white space after them. What stands before the first of them stays.
+    """
+    ends = _special(tokenizer) | set(end_ids)
+    trained = np.flatnonzero(mask)
+    last = int(trained[-1]) if len(trained) else -1
+    at, first_end = last, last + 1
+    while at >= 0 and mask[at]:
+        token = int(ids[at + 1])
+        if token in ends:
+            first_end = at
+        elif tokenizer.decode([token]).strip():
+            break
+        at -= 1
+    without = mask.copy()
+    without[first_end : last + 1] = False
+    return without
+
+
+def _special(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+
+
+def without_last_end(ids: np.ndarray, mask: np.ndarray, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return a text without the end-of-sequence tokens at its end and mask, shapes as in `without_end`."""
+    length = len(ids)
+    while length and ids[length - 1] == eos:
+        length -= 1
+    return ids[:length], mask[: max(0, length - 1)]

@@ -1,0 +1,125 @@
+"""What a search over odd words of the command line found: each is one sentence and never an internal error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Finished, Tiny
+from tests.pipeline.test_bad_input import one_sentence
+
+Pipeline = Callable[..., Finished]
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a dangling link, a link to itself, a file, a small corpus."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x = 1"}\n')
+    return tmp_path
+
+
+@pytest.fixture
+def writing(tiny: Tiny, cache_path: Path, scene: Path) -> dict[str, list[object]]:
+    """Every command that has an output, complete but for that."""
+    return {
+        "cache-teacher": ["cache-teacher", "--teacher", tiny.teacher, "--dataset", "rows.jsonl", "-o"],
+        "plan": ["plan", "--teacher", tiny.teacher, "--dataset", "rows.jsonl", "-o"],
+        "generate": ["generate", "--model", tiny.teacher, "--prompts", "rows.jsonl", "-o"],
+        "train-student": ["train-student", "--student", tiny.student, "--shards", cache_path, "-o"],
+        "select": ["select", cache_path, "-o"],
+        "merge": ["merge", cache_path, cache_path, "-o"],
+        "push": ["push", cache_path],
+        "pull": ["pull", cache_path],
+        "unbundle": ["unbundle", "file"],
+        "bundle": ["bundle", cache_path],
+    }
+
+
+COMMANDS = ["cache-teacher", "plan", "generate", "train-student", "select", "push", "pull", "unbundle", "bundle"]
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("dangling", "dangling: is a link that leads to nothing (nowhere)"),
+        ("dangling/below", "dangling: is a link that leads to nothing (nowhere)"),
+        ("loop", "loop: is a link that leads to nothing (loop)"),
+        ("loop/below", "loop"),
+        ("file/below", "file: is a file"),
+        ("\udcff", "the name is not UTF-8"),
+        ("x" * 300, "file name too long"),
+        ("a\0b", "null character"),
+    ],
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_outputs_that_cannot_be_made(
+    name: str, output: str, told: str, writing: dict[str, list[object]], scene: Path, pipeline: Pipeline
+) -> None:
+    before = sorted(os.listdir(scene))
+    output += ".tar.zst" if name == "bundle" and "/" in output else ""
+    if name == "bundle" and "/" not in output and "\0" not in output:
+        (scene / "dangling.tar.zst").symlink_to("nowhere")
+        before, output, told = sorted(os.listdir(scene)), "dangling.tar.zst", "leads to nothing"
+    one_sentence(pipeline(*writing[name], output), 2, told)
+    assert sorted(os.listdir(scene)) == before
+    assert (scene / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["generate", "train-student", "unbundle", "bundle"])
+def test_a_url_where_only_this_machine_is_written_to(
+    name: str, writing: dict[str, list[object]], scene: Path, pipeline: Pipeline
+) -> None:
+    one_sentence(pipeline(*writing[name], "s3://bucket/x.tar.zst"), 2, "written to this machine; name a local path")
+    assert not list(scene.glob("s3*"))
+
+
+def test_names_that_no_file_can_have(scene: Path, pipeline: Pipeline, tiny: Tiny) -> None:
+    for command in (["inspect"], ["verify"], ["audit", "--teacher", tiny.teacher], ["unbundle", "file"]):
+        one_sentence(pipeline(*command, "y" * 5000), 2, "file name too long")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--tail-epsilon", "nan"], "nan is not a finite number"),
+        (["--temperature", "1e400"], "is not a finite number"),
+        (["--temperature", "1"], "not 1, which is always there"),
+        (["--temperature", "2", "--temperature", "2"], "temperatures must differ"),
+        (["--tail-samples", str(2**31)], "--tail-samples"),
+        (["--seed", str(10**23)], "--seed"),
+        (["--engine", "server", "--server-url", "[x"], "--server-url [x: expected http://host:port"),
+        (["--engine", "server", "--server-url", "."], "--server-url .: expected http://host:port"),
+    ],
+)
+def test_numbers_and_names_that_no_cache_can_keep(
+    more: list[str], told: str, writing: dict[str, list[object]], scene: Path, pipeline: Pipeline
+) -> None:
+    one_sentence(pipeline(*writing["cache-teacher"], "out", "--engine", "transformers", *more), 2, told)
+    assert not (scene / "out").exists()
+
+
+def test_a_logger_that_does_not_exist(writing: dict[str, list[object]], scene: Path, pipeline: Pipeline) -> None:
+    one_sentence(pipeline(*writing["train-student"], "out", "--report-to", "nobody"), 2, "nobody is not supported")
+    assert not (scene / "out").exists()
+
+
+def test_json_that_is_nested_beyond_all_depth(
+    writing: dict[str, list[object]], scene: Path, pipeline: Pipeline
+) -> None:
+    (scene / "out").mkdir()
+    (scene / "out" / "manifest.json").write_text("[" * 100_000)
+    one_sentence(pipeline(*writing["cache-teacher"], "out", "--engine", "transformers"), 2, "manifest.json", "not JSON")
+
+
+def test_a_configuration_without_an_end_or_with_a_null(scene: Path, pipeline: Pipeline) -> None:
+    (scene / "long.yaml").write_text("#" * (2 << 20))
+    one_sentence(pipeline("cache-teacher", "--config", "long.yaml"), 2, "long.yaml is longer than")
+    (scene / "null.yaml").write_text('output: "a\\0b"\n')
+    one_sentence(pipeline("cache-teacher", "--config", "null.yaml"), 2, "null.yaml, line 1", "null character")

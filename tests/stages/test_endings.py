@@ -1,0 +1,121 @@
+"""Answers that were cut when they were written have no end token with a loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from stages.corpus import CorpusOptions, build_corpus
+from stages.endings import was_cut, without_end
+from tests.conftest import Finished, Tiny
+
+END = "<|endoftext|>"
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: Tiny) -> Any:
+    found = AutoTokenizer.from_pretrained(tiny.tokenizer)
+    found.chat_template = TEMPLATE + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    return found
+
+
+@pytest.fixture
+def trained(tokenizer: Any, tmp_path: Path) -> Callable[..., list[tuple[str, str]]]:
+    """Of each row: the whole text of its sequence, and the trained part."""
+
+    def of(*rows: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        corpus = build_corpus(str(tmp_path / "rows.jsonl"), tokenizer, CorpusOptions(**options))
+        sequences = corpus.read(0, len(corpus))
+        of.report = corpus.report  # type: ignore[attr-defined]
+        return [(tokenizer.decode(s.input_ids), tokenizer.decode(s.input_ids[1:][s.loss_mask])) for s in sequences]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("row", "cut"),
+    [
+        (["length"], True),
+        (["max_tokens"], True),
+        (["MAX_TOKENS"], True),
+        (["content-filter"], True),
+        ([None, True], True),
+        (["stop"], False),
+        (["end_turn"], False),
+        ([None], False),
+        ([0, "False"], False),
+        ([], False),
+    ],
+)
+def test_what_says_that_a_text_was_cut(row: list[Any], cut: bool) -> None:
+    assert was_cut(row) == cut
+
+
+def test_completions(trained: Callable[..., list[tuple[str, str]]]) -> None:
+    pair = {"prompt": "ask", "completion": " yes"}
+    found = trained(
+        {**pair, "finish_reason": "length"},
+        {**pair, "finish_reason": "stop"},
+        pair,
+        {**pair, "stop_reason": "max_tokens"},
+    )
+    whole, cut = ("ask yes" + END, " yes" + END), ("ask yes", " yes")
+    assert found == [cut, whole, whole, cut]
+    assert (trained.report.unfinished, trained.report.ended) == (2, 2)  # type: ignore[attr-defined]
+
+
+def test_texts(trained: Callable[..., list[tuple[str, str]]]) -> None:
+    found = trained({"text": "a b", "truncated": True}, {"text": "a b", "truncated": False})
+    assert found == [("a b", " b"), ("a b" + END, " b" + END)]
+
+
+@pytest.mark.parametrize("turns", ["all", "last", "each"])
+def test_only_the_last_turn_of_a_chat_was_cut(trained: Callable[..., list[tuple[str, str]]], turns: str) -> None:
+    chat = [{"role": role, "content": text} for role, text in [("user", "u"), ("assistant", "one")] * 1]
+    chat += [{"role": "user", "content": "v"}, {"role": "assistant", "content": "two"}]
+    found = trained({"messages": chat, "finish_reason": "length"}, turns=turns)
+    expected = {"all": ["one" + END + "two"], "last": ["two"], "each": ["one" + END, "two"]}[turns]
+    assert [marked for _, marked in found] == expected
+    assert found[-1][0].endswith(f"two{END}\n")
+
+
+def test_white_space_after_the_end_goes_with_it(tokenizer: Any) -> None:
+    """Where a template's own marks take in the line end after the end of turn."""
+    ids = np.array(tokenizer(f"a b{END}\n\n")["input_ids"])
+    mask = np.ones(len(ids) - 1, bool)
+    left = without_end(ids, mask, tokenizer)
+    assert tokenizer.decode(ids[1:][left]) == " b"
+    assert mask.all(), "the mask that was given stays"
+    # White space that ends an answer without an end token was drawn.
+    ids = np.array(tokenizer("a b\n")["input_ids"])
+    assert without_end(ids, np.ones(len(ids) - 1, bool), tokenizer).all()
+    assert not without_end(ids, np.zeros(len(ids) - 1, bool), tokenizer).any()
+
+
+@pytest.mark.parametrize("length", range(2, 9))
+def test_a_row_cut_at_the_maximum_length_does_not_end(
+    trained: Callable[..., list[tuple[str, str]]], tokenizer: Any, length: int
+) -> None:
+    text = "ab cd ef"
+    whole = len(tokenizer(text)["input_ids"])
+    [(found, _)] = trained({"text": text}, max_length=length)
+    assert found.endswith(END) == (length > whole)
+    assert trained.report.ended == int(length > whole)  # type: ignore[attr-defined]
+
+
+def test_the_corpus_says_what_ends(tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished]) -> None:
+    rows = [{"text": "a b", "finish_reason": "length"}, {"text": "a b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = ("plan", "--teacher", tiny.teacher, "--dataset", tmp_path / "rows.jsonl", "--processes", 1)
+    said = pipeline(*base).err
+    assert "corpus: 1 row says that the text was cut when it was written, so no end token has a loss\n" in said
+    assert "corpus: 1 sequence ends with an end-of-sequence token that has a loss" in said
+    assert "end-of-sequence" not in pipeline(*base, "--no-append-eos").err
