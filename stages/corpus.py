@@ -24,6 +24,7 @@ from stages.row_encoder import Kind, RowEncoder, find_kind
 from stages.rows import Rows, full_disk_as_run_error
 from stages.sources import load_rows
 from storage.errors import UserError
+from storage.words import are, counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -276,9 +277,11 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions, e
         fingerprint.add(own, ids, mask)
     sequences = int(counts[KEPT])
     if not sequences:
+        unmarked = int(counts[WITHOUT_LOSS])
+        without = f"{counted(unmarked, 'sequence')} {'has' if unmarked == 1 else 'have'}"
         raise UserError(
-            f"Nothing of {rows.origin.source} is left to score: of {len(rows)} rows, {counts[EMPTY]} are empty, "
-            f"{counts[TOO_SHORT]} are shorter than two tokens, and {counts[WITHOUT_LOSS]} sequences have "
+            f"Nothing of {rows.origin.source} is left to score: of {counted(len(rows), 'row')}, {counts[EMPTY]} {are(counts[EMPTY])} empty, "
+            f"{counts[TOO_SHORT]} {are(counts[TOO_SHORT])} shorter than two tokens, and {without} "
             f"no trained position within {options.max_length} tokens; check the columns and maximum length."
         )
     all_lengths = np.concatenate(lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,7 @@ _OBJECTIVE = (
     type=FloatRange(0, 1, max_open=True),
     help="Share of the sequences held out and evaluated on.",
 )
-@click.option("--learning-rate", type=FloatRange(), show_default="5e-5", help="Peak learning rate.")
+@click.option("--learning-rate", type=FloatRange(0), show_default="5e-5", help="Peak learning rate.")
 @click.option("--epochs", type=FloatRange(), show_default="3", help="Passes over the training share.")
 @click.option("--max-steps", type=int, show_default="by epochs", help="Optimiser steps; beats --epochs.")
 @click.option(
@@ -214,7 +215,7 @@ _OBJECTIVE = (
 )
 @click.option(
     "--lora-rank",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 65536),
     show_default="off",
     help="Train LoRA adapters of this rank instead of all weights, and save only them (needs peft).",
 )
@@ -305,7 +306,10 @@ def _part_sentence(part: Part) -> str:
 
 def _weights(text: str | None) -> tuple[float, ...]:
     try:
-        return tuple(float(weight) for weight in text.split(",")) if text else ()
+        weights = tuple(float(weight) for weight in text.split(",")) if text else ()
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError
+        return weights
     except ValueError:
         raise click.UsageError(f"--mix {text}: not numbers with commas between them, such as 0.5,0.5") from None
 

@@ -33,7 +33,9 @@ def test_what_of_the_data_is_not_used_is_said(pipeline: Pipeline, tiny: Tiny, tm
     lines = [line for line in ended.err.splitlines() if line.startswith("corpus: ")]
     assert lines[0].startswith("corpus: 2 rows, 2 sequences")
     assert lines[1:] == [
-        "corpus: 1 rows contain text that the tokenizer reads as special tokens",
+        "corpus: 1 row contains text that the tokenizer reads as special tokens",
+        "corpus: 2 sequences end with an end-of-sequence token that has a loss; for rows that are pieces of documents "
+        "--no-append-eos leaves it out",
         "corpus: not used, of split validation: validation.jsonl",
         "corpus: passed over: README.md",
     ]

@@ -105,6 +105,16 @@ def test_numbers_and_names_that_no_cache_can_keep(
     assert not (scene / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "more", [["--mix", "nan"], ["--mix", "1e400"], ["--learning-rate", "-1"], ["--lora-rank", str(2**31)]], ids=str
+)
+def test_numbers_that_no_training_can_use(
+    more: list[str], writing: dict[str, list[object]], scene: Path, pipeline: Pipeline
+) -> None:
+    one_sentence(pipeline(*writing["train-student"], "out", "--max-steps", "1", *more), 2, more[0], more[1])
+    assert not (scene / "out").exists()
+
+
 def test_a_logger_that_does_not_exist(writing: dict[str, list[object]], scene: Path, pipeline: Pipeline) -> None:
     one_sentence(pipeline(*writing["train-student"], "out", "--report-to", "nobody"), 2, "nobody is not supported")
     assert not (scene / "out").exists()

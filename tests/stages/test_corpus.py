@@ -396,7 +396,7 @@ def test_half_a_surrogate_pair(tokenizer, write):
 def test_nothing_left(tokenizer, write):
     source = write([{"prompt": "the", "completion": ""}, {"prompt": "the fox " * 50, "completion": "x"}])
     message = refusal(source, tokenizer, replace(OPTIONS, max_length=8))
-    assert "of 2 rows, 1 are empty, 0 are shorter than two tokens, and 1 sequences have no trained" in message
+    assert "of 2 rows, 1 is empty, 0 are shorter than two tokens, and 1 sequence has no trained" in message
 
 
 @pytest.mark.parametrize(
