@@ -280,7 +280,8 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions, e
         unmarked = int(counts[WITHOUT_LOSS])
         without = f"{counted(unmarked, 'sequence')} {'has' if unmarked == 1 else 'have'}"
         raise UserError(
-            f"Nothing of {rows.origin.source} is left to score: of {counted(len(rows), 'row')}, {counts[EMPTY]} {are(counts[EMPTY])} empty, "
+            f"Nothing of {rows.origin.source} is left to score: of {counted(len(rows), 'row')}, "
+            f"{counts[EMPTY]} {are(counts[EMPTY])} empty, "
             f"{counts[TOO_SHORT]} {are(counts[TOO_SHORT])} shorter than two tokens, and {without} "
             f"no trained position within {options.max_length} tokens; check the columns and maximum length."
         )
