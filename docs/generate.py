@@ -25,7 +25,7 @@ _NOTE = "<!-- Written by docs/generate.py; change the source, then run it again.
 
 _CLI_INTRODUCTION = """\
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 misuse or bad input (nothing
-was done), 1 the run failed, 130 interrupted. Every command takes `--help` and `--debug`.
+was done), 1 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM. Every command takes `--help` and `--debug`.
 """
 
 _FORMAT_INTRODUCTION = """\

@@ -6,11 +6,13 @@ leaves through `run`, which turns it into one sentence and an exit code: 2 misus
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import os
 import select
+import signal
 import sys
 import traceback
 import warnings
@@ -22,24 +24,33 @@ import click
 from click.core import ParameterSource
 
 from pipeline.progress import printable
+from pipeline.signals import Stop, stopping
 from pipeline.streams import ready_streams
 from pipeline.threads import bound_spinning
+from stages import engine_log
+from stages.parent_watch import end_spawned_with_parent
 from storage.errors import UserError
+
+# First of all in a process that an engine of ours spawned, which imports this module again.
+end_spawned_with_parent()
 
 DISTRIBUTION = "teacher-logit-cache"
 PROGRAM = "pipeline"
 DEBUG_VARIABLE = "PIPELINE_DEBUG"
-INTERRUPTED = 130
 # Where `config_file` leaves the path of the configuration file, for messages about values that came from it.
 CONFIG_META = "pipeline.config_file"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A command by name: the module that holds it (as `command`), and its line in `pipeline --help`."""
+    """A command by name: the module that holds it (as `command`), and its line in `pipeline --help`.
+
+    resumes: whether the same command, started again, skips what is done, however little that is.
+    """
 
     module: str
     summary: str
+    resumes: bool = False
 
 
 COMMANDS: dict[str, Entry] = {
@@ -54,13 +65,15 @@ COMMANDS: dict[str, Entry] = {
     ),
     "inspect": Entry("pipeline.commands.inspect", "Show what a cache holds, or one sequence of it as text."),
     "verify": Entry("pipeline.commands.verify", "Check every shard of a cache against its receipt and the format."),
-    "select": Entry("pipeline.commands.select", "Make a smaller cache from one, without the teacher."),
-    "merge": Entry("pipeline.commands.merge", "Join caches of one teacher into one."),
+    "select": Entry("pipeline.commands.select", "Make a smaller cache from one, without the teacher.", resumes=True),
+    "merge": Entry("pipeline.commands.merge", "Join caches of one teacher into one.", resumes=True),
     "audit": Entry(
         "pipeline.commands.audit", "Score a sample of a cache again with the live teacher, and say whether it agrees."
     ),
-    "push": Entry("pipeline.commands.push", "Copy a cache to a bucket or another place."),
-    "pull": Entry("pipeline.commands.pull", "Copy a cache, or some shards of it, from a bucket to a directory."),
+    "push": Entry("pipeline.commands.push", "Copy a cache to a bucket or another place.", resumes=True),
+    "pull": Entry(
+        "pipeline.commands.pull", "Copy a cache, or some shards of it, from a bucket to a directory.", resumes=True
+    ),
     "bundle": Entry("pipeline.commands.bundle", "Pack a cache into one file, to be carried by hand."),
     "unbundle": Entry("pipeline.commands.unbundle", "Unpack and check such a file."),
 }
@@ -170,6 +183,8 @@ def _quiet_libraries() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        # Of the processes that are started: one of them watches semaphores, and outlives a killed engine.
+        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
     }
     if not sys.stderr.isatty():
         # On a terminal a download of gigabytes may show its bar; in a log file it is thousands of lines.
@@ -267,10 +282,6 @@ def _report(error: BaseException, debug: bool) -> int:
 
     if debug:
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    if isinstance(error, KeyboardInterrupt):
-        click.echo("interrupted; start the same command again to go on where it stopped", err=True)
-        return INTERRUPTED
-
     hint = None
     if isinstance(error, UserError):
         sentence, code = str(error), error.exit_code
@@ -291,6 +302,23 @@ def _report(error: BaseException, debug: bool) -> int:
     return code
 
 
+def _report_stop(error: BaseException, stop: Stop, debug: bool, command: str | None) -> int:
+    """Say on stderr that a signal stopped the command and what is kept; return the exit code.
+
+    error: what came of the signal, which some libraries turn into an error of their own.
+    """
+    notes = getattr(error, "__notes__", [])
+    if not notes and command in COMMANDS and COMMANDS[command].resumes:
+        notes = ["start the same command again to go on where it stopped"]
+    terminated = stop.number not in (None, signal.SIGINT)
+    what = f"stopped by {signal.Signals(stop.number or signal.SIGINT).name}" if terminated else "interrupted"
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        if debug:
+            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        click.echo(printable("; ".join([what, *notes])), err=True)
+    return stop.exit_code
+
+
 def run(args: Sequence[str] | None = None, command: click.Command = main) -> int:
     """The entry point: run `command` with `args` (default: the process's) and return its exit code."""
     if f"_{PROGRAM.upper()}_COMPLETE" in os.environ:
@@ -301,17 +329,23 @@ def run(args: Sequence[str] | None = None, command: click.Command = main) -> int
     bound_spinning()
     if not debug:
         _quiet_libraries()
-    try:
-        if any("\0" in word for word in args):
-            raise UserError("a word of this command line holds a null character, which no name can hold; remove it")
-        # Not `command.main`: it hides broken pipes of every kind, and turns EOFError into an abort.
-        with command.make_context(PROGRAM, args) as ctx:
-            command.invoke(ctx)
-        sys.stdout.flush()
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop before the person
-        return _report(error, debug)
+    engine_log.show_on_terminal(debug)
+    ctx: click.Context | None = None
+    with stopping() as stop:
+        try:
+            if any("\0" in word for word in args):
+                raise UserError("a word of this command line holds a null character, which no name can hold; remove it")
+            # Not `command.main`: it hides broken pipes of every kind, and turns EOFError into an abort.
+            with command.make_context(PROGRAM, args) as ctx:
+                command.invoke(ctx)
+            sys.stdout.flush()
+        except click.exceptions.Exit as done:
+            return done.exit_code
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop before the person
+            stop.reported = True
+            if isinstance(error, KeyboardInterrupt) or stop.number is not None:
+                return _report_stop(error, stop, debug, ctx.invoked_subcommand if ctx else None)
+            return _report(error, debug)
     return 0
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from stages.caching import DEFAULT_SHARD_TOKENS, resolve_dtype
+from stages.caching import resolve_dtype
 from stages.corpus import Sequence
 from stages.differences import MEASURES, Comparison, Differences, apart
+from stages.engine_guard import EngineNotUsable
 from stages.engines import Choice, EngineOptions, choose, load
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.pretrained import load_config, load_tokenizer
@@ -26,7 +27,7 @@ from stages.teacher import Teacher
 from storage.cache import Cache
 from storage.errors import UserError
 from storage.manifest import Manifest, ScoringOptions
-from storage.plan import locate
+from storage.plan import LARGEST_SHARD, locate
 from storage.rows import Rows
 
 DEFAULT_SEQUENCES = 64
@@ -62,7 +63,10 @@ class AuditOptions:
 
 @dataclass
 class PreparedAudit:
-    """Everything that can be refused has been; no weight is read. sample: int64, ascending sequence ids."""
+    """Everything that can be refused has been; no weight is read. sample: int64, ascending sequence ids.
+
+    teacher: between `start` and `run`.
+    """
 
     options: AuditOptions
     cache: Cache
@@ -71,6 +75,7 @@ class PreparedAudit:
     dtype: str
     choice: Choice
     identity_differences: tuple[str, ...]
+    teacher: Teacher | None = None
 
     @property
     def tokens(self) -> int:
@@ -188,19 +193,31 @@ def draw(cache: Cache, sequences: int | None, share: float | None, seed: int) ->
     return np.sort(here[order[:count]])
 
 
+def start(prepared: PreparedAudit) -> None:
+    """Load the teacher. Raises UserError where it cannot be loaded, RunError where its engine does not start."""
+    if prepared.teacher is not None:
+        return
+    try:
+        prepared.teacher = load(
+            prepared.choice,
+            prepared.options.engine,
+            prepared.statistics,
+            dtype=prepared.dtype,
+            max_length=prepared.cache.manifest.scoring.max_length,
+        )
+    except EngineNotUsable as error:
+        raise type(error)(f"{error}; or choose --engine transformers", error.cause) from error
+
+
 def run(prepared: PreparedAudit, progress: Callable[[int], None]) -> Audit:
     """Score and compare. Raises CacheError for a shard that cannot be read, RunError from the engine.
 
     progress: gets 0 once the teacher is loaded, then tokens as they are scored.
     """
     manifest = prepared.cache.manifest
-    teacher = load(
-        prepared.choice,
-        prepared.options.engine,
-        prepared.statistics,
-        dtype=prepared.dtype,
-        max_length=manifest.scoring.max_length,
-    )
+    start(prepared)
+    teacher, prepared.teacher = prepared.teacher, None
+    assert teacher is not None
     try:
         if teacher.vocabulary_size != manifest.vocabulary_size:
             raise UserError(
@@ -241,7 +258,7 @@ def _stored(cache: Cache, sample: np.ndarray, shards: set[int]) -> Iterator[Rows
         parts.append(cache.read_shard(shard).take(row_of[shard_of == shard]))
         shards.add(shard)
         tokens += parts[-1].tokens
-        if tokens >= DEFAULT_SHARD_TOKENS:
+        if tokens >= LARGEST_SHARD:
             yield Rows.concatenated(parts)
             parts, tokens = [], 0
     if parts:

@@ -23,7 +23,8 @@ from stages.card import card
 from stages.chat_settings import ChatSettings, time_there
 from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
 from stages.corpus import Sequence as TokenSequence
-from stages.engines import Choice, EngineOptions, choose, engine_of, load, top_n_of
+from stages.engine_guard import EngineNotUsable
+from stages.engines import Choice, EngineOptions, choose, engine_of, instead, load, top_n_of
 from stages.identity import teacher_identity, tokenizer_identity
 from stages.local_files import check_apart
 from stages.pretrained import load_config, load_end_ids, load_tokenizer
@@ -41,7 +42,7 @@ from stages.teacher_checks import (
     engine_length,
     rope_of_vllm,
 )
-from storage.cache import SKETCH, Cache
+from storage.cache import SHARDS, SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity, checked
 from storage.places import place
@@ -59,7 +60,6 @@ DEFAULT_TOP_N_ALONE = 64
 # Positions on which a new sketch is tried.
 _TRIED = 2048
 DEFAULT_MAX_LENGTH = 2048
-DEFAULT_SHARD_TOKENS = 1 << 18
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -71,6 +71,7 @@ class CacheOptions:
     vLLM's stock API scores, which cannot draw, and with a server, which decided when it was started. top_n: None:
     DEFAULT_TOP_N with samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the
     teacher. tail_epsilon, min_n: as in StatisticsOptions; top_n is then the most that a position keeps.
+    shard_tokens: tokens of a shard; None: see `plan_shards`.
     sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
     miss; None: see `residual_samples_of`. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
     whose sketch, and its rank, is taken instead.
@@ -94,7 +95,7 @@ class CacheOptions:
     max_length: int | None = None
     overlong: str = "cut"
     logprob_bits: int = 16
-    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    shard_tokens: int | None = None
     seed: int = 0
     columns: dict[str, str | None] = field(default_factory=dict)
     turns: str = "all"
@@ -138,7 +139,10 @@ class CacheOptions:
 
 @dataclass
 class PreparedCache:
-    """A cache that is claimed in nobody's name yet: the manifest stands, nothing is written."""
+    """A cache that is claimed in nobody's name yet: the manifest stands, nothing is written.
+
+    `start` may change choice and manifest: where `auto` finds that vLLM cannot serve the teacher.
+    """
 
     options: CacheOptions
     manifest: Manifest
@@ -152,6 +156,12 @@ class PreparedCache:
     # The bytes of the sketch, where there is to be one and it is known; its teacher, once it is loaded.
     sketch: bytes | None = None
     teacher: Teacher | None = None
+
+    def close(self) -> None:
+        """End the teacher's engine, where there is one."""
+        teacher, self.teacher = self.teacher, None
+        if teacher is not None:
+            teacher.close()
 
     @property
     def calibration(self) -> list[TokenSequence] | None:
@@ -327,6 +337,37 @@ def _for_a_server(options: CacheOptions) -> CacheOptions:
     return replace(options, top_n=options.top_n or top_n_of(place(options.output)))
 
 
+def start(prepared: PreparedCache) -> None:
+    """Load the teacher that `calibrate` or `run` needs; its engine has then scored a few ids. Nothing is written yet.
+
+    Raises UserError where the engine cannot serve the teacher, RunError where it does not start.
+    """
+    if prepared.teacher is not None or not (prepared.pending or prepared.calibration):
+        return
+    try:
+        prepared.teacher = load_teacher(prepared)
+    except EngineNotUsable as error:
+        _take_instead(prepared, instead(prepared.choice, prepared.options.engine, error))
+        prepared.teacher = load_teacher(prepared)
+    if prepared.calibration is None:  # else `calibrate` does, as soon as there is a sketch
+        try:
+            _check_scores(prepared, prepared.teacher)
+        except BaseException:
+            prepared.close()
+            raise
+
+
+def _take_instead(prepared: PreparedCache, choice: Choice) -> None:
+    """Plan for the transformers engine in place of vLLM. Raises UserError where it cannot run the teacher either."""
+    engine = prepared.options.engine
+    config = load_config(engine.teacher, revision=engine.revision, trust_remote_code=engine.trust_remote_code)
+    check_quantization(config, engine.teacher)
+    scoring = prepared.manifest.scoring.model_copy(update={"engine": choice.engine})
+    made_with = {**prepared.manifest.made_with, "engine": choice.reason}
+    prepared.manifest = prepared.manifest.model_copy(update={"scoring": scoring, "made_with": made_with})
+    prepared.choice, prepared.note = choice, None
+
+
 def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
     """Make the sketch that the cache wants, where it has none; the teacher then stays loaded for `run`.
 
@@ -336,7 +377,9 @@ def calibrate(prepared: PreparedCache, progress: Callable[[int], None]) -> None:
     wanted, sequences = prepared.manifest.scoring.sketch, prepared.calibration
     if wanted is None or sequences is None:
         return
-    teacher = prepared.teacher = load_teacher(prepared)
+    start(prepared)
+    teacher = prepared.teacher
+    assert teacher is not None
     progress(0)  # The loading is over.
     try:
         about = {
@@ -402,16 +445,14 @@ def _refuse_other_card(options: CacheOptions, cache: Cache) -> None:
 
 
 def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache, Summary]:
-    """Claim the directory, score what is pending, seal. Raises RunError or OSError; the same command then goes on.
+    """Load the teacher, claim the directory, score what is pending, seal.
 
-    progress: gets 0 once the teacher is loaded, then tokens as they are scored.
+    progress: gets 0 once the teacher is loaded, then tokens as they are scored. Raises RunError or OSError; the same
+    command then goes on.
     """
+    start(prepared)
     calibrate(prepared, lambda tokens: None)
     try:
-        if prepared.pending and prepared.teacher is None:
-            # Before the directory is claimed: a teacher that is refused leaves nothing behind.
-            prepared.teacher = load_teacher(prepared)
-            _check_scores(prepared, prepared.teacher)
         cache = Cache.create_or_resume(prepared.options.output, prepared.manifest)
         if prepared.sketch is not None:
             keep_sketch(cache, prepared.sketch)
@@ -426,12 +467,18 @@ def run(prepared: PreparedCache, progress: Callable[[int], None]) -> tuple[Cache
             # What was pulled as a part is now the whole.
             cache.expect(range(len(cache.manifest.shards)))
     finally:
-        if prepared.teacher is not None:
-            prepared.teacher.close()
+        prepared.close()
     summary = summarize(cache)
     if prepared.pending or not cache.is_sealed or cache.lacks_tail_prior:
         cache.seal(card(cache, summary))
     return cache, summary
+
+
+def finished_shards(prepared: PreparedCache) -> int:
+    """Return how many shards of the cache lie finished in its directory, whoever made them. Raises OSError."""
+    shards = place(prepared.options.output) / SHARDS
+    receipts = sum(entry.name.endswith(".json") for entry in shards.iterdir()) if shards.exists() else 0
+    return min(receipts, len(prepared.manifest.shards))
 
 
 def keep_sketch(cache: Cache, data: bytes) -> None:

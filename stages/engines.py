@@ -14,14 +14,18 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stages import engine_log
 from stages.statistics import StatisticsOptions
 from stages.teacher import SKETCH_ENGINES, Teacher
 from storage.errors import UserError
 from storage.places import Place
 
 if TYPE_CHECKING:
+    from stages.engine_guard import EngineNotUsable
     from stages.serve_command import Serving
 
+# Why `auto` takes the engine that a cache names already.
+BEGAN = "it began this cache"
 ENGINES = ("auto", "transformers", "vllm", "server")
 
 
@@ -116,7 +120,7 @@ def _automatic(options: EngineOptions, there: str | None) -> tuple[str, str]:
     if options.server_url:
         return "server", "a --server-url is given"
     if there in ("transformers", "vllm"):
-        return there, "it began this cache"
+        return there, BEGAN
     from stages.vllm_engine import can_serve
 
     serves, why = can_serve(options.teacher, revision=options.revision, trust_remote_code=options.trust_remote_code)
@@ -196,6 +200,20 @@ def load(
         engine_args=options.vllm_args,
         **source,
     )
+
+
+def instead(choice: Choice, options: EngineOptions, error: EngineNotUsable) -> Choice:
+    """Return what `auto` runs in place of a vLLM that cannot serve the teacher; `error` says why it cannot.
+
+    Raises an error of the same kind, with what to do, where vLLM was asked for or a cache can only go on with it.
+    """
+    if choice.reason == BEGAN:
+        remedy = "only vLLM can go on with it; another engine needs a new --output"
+        raise type(error)(f"{error}; the cache was begun with vLLM, {remedy}", error.cause) from error
+    if options.engine != "auto" or options.vllm_args or options.vllm_route != "pooling":
+        raise type(error)(f"{error}; or choose --engine transformers", error.cause) from error
+    engine_log.forget()
+    return Choice("transformers", f"vLLM cannot serve the teacher: {error.cause}")
 
 
 def engine_of(cache: Place) -> str | None:

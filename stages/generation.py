@@ -8,6 +8,7 @@ seed, row and sample alone, so a run that was killed and goes on writes what an 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -81,7 +82,7 @@ class Generated:
 @dataclass
 class PreparedGeneration:
     """Checked, tokenised and ready. identity: what must agree for lines that are there already to belong to this
-    command; `done` of them are."""
+    command; `done` of them are. engine: once it is loaded."""
 
     options: GenerateOptions
     tokenizer: PreTrainedTokenizerBase
@@ -91,6 +92,13 @@ class PreparedGeneration:
     max_length: int
     identity: dict[str, Any]
     done: int = 0
+    engine: _Engine | None = None
+
+    def close(self) -> None:
+        """End the engine, where there is one."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
 
     @property
     def partial(self) -> Path:
@@ -143,19 +151,25 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     return prepared
 
 
+def start(prepared: PreparedGeneration) -> None:
+    """Load the model where a completion is missing, before anything is written. Raises UserError or RunError."""
+    if prepared.engine is None and prepared.done < len(prepared.prompts):
+        prepared.engine = _Engine(prepared)
+
+
 def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> Generated:
     """Write what is left; return what the whole output holds. Raises RunError.
 
-    progress: gets 0 once the model is loaded, then new tokens.
+    progress: gets new tokens.
     """
     options = prepared.options
+    start(prepared)
+    engine = prepared.engine
     if not prepared.marker.exists():
         write_json(prepared.marker, prepared.identity)
-    engine = _Engine(prepared) if prepared.done < len(prepared.prompts) else None
-    progress(0)  # The loading is over.
     with open(prepared.partial, "ab") as file:
-        for start in range(prepared.done, len(prepared.prompts), WINDOW):
-            window = prepared.prompts[start : start + WINDOW]
+        for first in range(prepared.done, len(prepared.prompts), WINDOW):
+            window = prepared.prompts[first : first + WINDOW]
             assert engine is not None
             answers = engine.complete(window)
             for prompt, (ids, reason) in zip(window, answers, strict=True):
@@ -204,11 +218,20 @@ class _Engine:
         ends = generation.get("eos_token_id", prepared.tokenizer.eos_token_id)
         self._ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
 
+    def close(self) -> None:
+        """End the processes of the engine."""
+        try:
+            with contextlib.suppress(Exception):
+                self._llm.llm_engine.engine_core.shutdown()
+        finally:
+            self._guard.end()
+
     def complete(self, window: list[Prompt]) -> list[tuple[list[int], str]]:
         """New token ids of each prompt, the end token included, and why it ended (stop or length)."""
         from vllm import SamplingParams
 
-        from stages.vllm_engine import engine_error, memory_options
+        from stages.engine_guard import engine_error
+        from stages.vllm_engine import memory_options
 
         options = self._prepared.options
         parameters = [
@@ -226,7 +249,8 @@ class _Engine:
         try:
             outputs = self._guard.call(lambda: self._llm.generate(prompts, parameters, use_tqdm=False))
         except Exception as error:
-            raise engine_error(error, memory_options(self._llm.llm_engine.vllm_config)) from error
+            advice = memory_options(self._llm.llm_engine.vllm_config)
+            raise engine_error(error, advice, self._guard.mark) from error
         return [(list(output.outputs[0].token_ids), str(output.outputs[0].finish_reason)) for output in outputs]
 
 
@@ -344,6 +368,11 @@ def _lines_done(prepared: PreparedGeneration) -> int:
     with open(prepared.partial, "r+b") as file:
         file.truncate(end)
     return lines
+
+
+def completions_there(prepared: PreparedGeneration) -> int:
+    """Return how many completions are written, by this run and earlier ones."""
+    return sum(1 for _ in _whole_lines(prepared.partial)) if prepared.partial.exists() else 0
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

@@ -271,8 +271,10 @@ def _probe(prepared: PreparedCache, count: int) -> Probe:
     ]
     tokens = sum(len(sequence.input_ids) for sequence in sequences)
     started = time.monotonic()
+    caching.start(prepared)
     caching.calibrate(prepared, lambda tokens: None)
-    teacher = prepared.teacher = prepared.teacher or caching.load_teacher(prepared)
+    teacher = prepared.teacher
+    assert teacher is not None
     try:
         manifest = prepared.manifest
         alone = manifest.model_copy(

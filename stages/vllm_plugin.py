@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from stages.parent_watch import end_engine_with_parent
 from stages.sketch import HiddenMoments, Sketch
 from stages.statistics import (
     RowStatistics,
@@ -482,7 +483,11 @@ def _split(
 
 
 def register() -> None:
-    """The entry point. Cheap: models are named here and made on first use. May run more than once."""
+    """The entry point. Cheap: models are named here and made on first use. May run more than once.
+
+    In a process of an engine it also sees to it that the process ends when the one that started it is gone.
+    """
+    end_engine_with_parent()
     from vllm import ModelRegistry
 
     for architecture in list(ModelRegistry.get_supported_archs()):

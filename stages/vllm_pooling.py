@@ -49,6 +49,13 @@ def request_params(index: int, sequence: TokenSequence) -> PoolingParams:
     return PoolingParams(task="token_embed", extra_kwargs=request_extras(index, sequence.loss_mask))
 
 
+def trial_params() -> PoolingParams:
+    """Return the parameters of a request that belongs to no shard."""
+    from vllm import PoolingParams
+
+    return PoolingParams(task="token_embed")
+
+
 def scored_from_packed(sequence: TokenSequence, packed: PackedStatistics) -> ScoredSequence:
     """A pooler's answer with entries at the masked-in positions, or at all of them, which are then dropped."""
     rows, stored = len(sequence.input_ids) - 1, int(sequence.loss_mask.sum())

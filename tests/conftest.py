@@ -104,6 +104,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(root, root / "tokenizer", root / "teacher", root / "student", root / "corpus.jsonl", len(rows))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_engine_logs() -> Iterator[None]:
+    """Errors that tests provoke name the log of their engine; it need not stay."""
+    yield
+    from stages import engine_log
+
+    engine_log.forget()
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a command ended."""

@@ -71,7 +71,7 @@ def command(directory: str, as_json: bool, **given: Any) -> None:
     """
     from dataclasses import asdict
 
-    from stages.audit import AuditOptions, prepare, run
+    from stages.audit import AuditOptions, prepare, run, start
     from stages.differences import MEASURES
 
     engine = engine_options(given)
@@ -81,6 +81,7 @@ def command(directory: str, as_json: bool, **given: Any) -> None:
         click.echo(f"engine: {note}", err=True)
     for difference in prepared.identity_differences:
         click.echo(f"the manifest describes another teacher: {difference}", err=True)
+    start(prepared)
     with Progress("auditing", prepared.tokens) as progress:
         audit = run(prepared, progress.advance)
     if as_json:

@@ -12,11 +12,14 @@ from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, printable
 from pipeline.reports import show_cache
 from pipeline.shared_options import engine_options
+from pipeline.signals import saying
 from storage.words import are, counted
 
 if TYPE_CHECKING:
     from stages.caching import CacheOptions, PreparedCache
     from stages.corpus import CorpusReport
+    from stages.summary import Summary
+    from storage.cache import Cache
 
 # Mirrors of stages.caching, which would import too much for `--help`; a test holds them equal.
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -206,7 +209,11 @@ _TURNS = ("all", "last", "each")
     "within 0.013 nats at -0.25, 0.025 at -1, 0.05 at -4.",
 )
 @click.option(
-    "--shard-tokens", default=1 << 18, type=click.IntRange(2), help="Tokens per shard: what a kill can cost at most."
+    "--shard-tokens",
+    default=None,
+    type=click.IntRange(2),
+    show_default="a 64th of the corpus, at least 16384 and at most 262144",
+    help="Tokens per shard: what a kill can cost at most.",
 )
 @click.option(
     "--batch-tokens",
@@ -244,7 +251,7 @@ def command(**given: Any) -> None:
       pipeline cache-teacher --teacher ./teacher --dataset corpus.jsonl --output cache/
       pipeline cache-teacher --teacher Qwen/Qwen3-8B --dataset chats.jsonl.zst --output cache/ --top-n 128
     """
-    from stages.caching import calibrate, prepare, run, try_sketch
+    from stages.caching import prepare
 
     prepared = prepare(cache_options(given))
     report_corpus(prepared.report)
@@ -262,9 +269,24 @@ def command(**given: Any) -> None:
             f"{total - waiting} of {counted(total, 'shard')} {are(total - waiting)} done already, {waiting} to score",
             err=True,
         )
-    tokens = prepared.manifest.corpus.tokens
+    try:
+        with saying(lambda: _kept(prepared)):
+            cache, numbers = _score(prepared)
+    finally:
+        prepared.close()
+    show_cache(cache, numbers)
+
+
+def _score(prepared: PreparedCache) -> tuple[Cache, Summary]:
+    """Load, calibrate and score what is pending, each with a word on it."""
+    from stages.caching import calibrate, run, start, try_sketch
+
+    tokens, planned = prepared.manifest.corpus.tokens, prepared.choice
     if prepared.pending:
         click.echo("loading the teacher", err=True)
+    start(prepared)
+    if prepared.choice is not planned:
+        click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     if (sequences := prepared.calibration) is not None:
         click.echo("calibrating the sketch on the first positions", err=True)
         with Progress("calibrating", sum(len(s.input_ids) for s in sequences)) as progress:
@@ -272,10 +294,18 @@ def command(**given: Any) -> None:
         _report_sketch(*try_sketch(prepared))
     if prepared.pending:
         with Progress("caching", tokens, done_before=prepared.done_tokens) as progress:
-            cache, numbers = run(prepared, progress.advance)
-    else:
-        cache, numbers = run(prepared, lambda tokens: None)
-    show_cache(cache, numbers)
+            return run(prepared, progress.advance)
+    return run(prepared, lambda tokens: None)
+
+
+def _kept(prepared: PreparedCache) -> str:
+    """Return what of an interrupted run is kept."""
+    from stages.caching import finished_shards
+
+    total, done = len(prepared.manifest.shards), finished_shards(prepared)
+    if done:
+        return f"{done} of the {total} shards are kept; start the same command again to go on"
+    return f"no shard was finished, so nothing is kept{' but the sketch' if prepared.sketch else ''}"
 
 
 def cache_options(given: dict[str, Any]) -> CacheOptions:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.config_file import config_option, key_value_option
 from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, summary
+from pipeline.signals import saying
 from storage.words import are, counted
+
+if TYPE_CHECKING:
+    from stages.generation import PreparedGeneration
 
 
 @click.command("generate")
@@ -81,7 +85,7 @@ def command(**given: Any) -> None:
       pipeline generate --model ./student --prompts prompts.jsonl --output on-policy.jsonl --token-ids
       pipeline cache-teacher --teacher ./teacher --dataset on-policy.jsonl --output on-policy-cache/
     """
-    from stages.generation import GenerateOptions, own_sampling, prepare, run
+    from stages.generation import GenerateOptions, own_sampling, prepare, run, start
 
     options = GenerateOptions(**given)
     prepared = prepare(options)
@@ -96,8 +100,13 @@ def command(**given: Any) -> None:
         new += tokens
         progress.advance(tokens)
 
-    with Progress("generating", None) as progress:
-        made = run(prepared, advance)
+    try:
+        with saying(lambda: _kept(prepared)):
+            start(prepared)
+            with Progress("generating", None) as progress:
+                made = run(prepared, advance)
+    finally:
+        prepared.close()
     rows = [("where", options.output), ("completions", made.completions), ("cut at --max-new-tokens", made.cut)]
     summary("completions", [*rows, ("tokens written now", new)])
     if made.cut:
@@ -113,3 +122,14 @@ def _sampling_sentence(temperature: float, top_p: float, seed: int, own: dict[st
     said = ", ".join(f"{name} {value}" for name, value in own.items())
     aside = f"; the model's generation_config says {said}, which is left aside" if said else ""
     return f"sampling: {how}{aside}"
+
+
+def _kept(prepared: PreparedGeneration) -> str:
+    """Return what of an interrupted run is kept."""
+    from stages.generation import completions_there
+
+    done = completions_there(prepared)
+    if not done:
+        return "no completion was written, so nothing is kept"
+    there = f"{done} of {counted(len(prepared.prompts), 'completion')} {are(done)} kept"
+    return f"{there}; start the same command again to go on"

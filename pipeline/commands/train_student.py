@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,10 +13,11 @@ from pipeline.config_file import config_option, key_value_option
 from pipeline.numbers import format_share
 from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import summary
+from pipeline.signals import saying
 from storage.words import counted
 
 if TYPE_CHECKING:
-    from stages.student import Part
+    from stages.student import Part, Prepared
 
 # Options that are fields of transformers.TrainingArguments under a name that is shorter to type.
 _SHORT = {
@@ -285,10 +287,21 @@ def command(**given: Any) -> None:
             click.echo(f"going on from {prepared.checkpoint}", err=True)
         from pipeline.training_progress import TrainingProgress
 
-        report = train(prepared, [TrainingProgress(prepared.train_tokens)])
+        with saying(lambda: _kept(prepared)):
+            report = train(prepared, [TrainingProgress(prepared.train_tokens)])
     # Of several processes that train together, one says how it went.
     if os.environ.get("RANK", "0") == "0":
         summary("student", _rows(prepared.options.output, report))
+
+
+def _kept(prepared: Prepared) -> str:
+    """Return what of an interrupted run is kept."""
+    from stages.student import last_whole_checkpoint
+
+    checkpoint = last_whole_checkpoint(Path(prepared.options.output))
+    if checkpoint is None:
+        return "no checkpoint was written, so nothing is kept"
+    return f"{Path(checkpoint).name} is kept; start the same command again to go on from it"
 
 
 def _part_sentence(part: Part) -> str:

@@ -217,7 +217,7 @@ def test_a_debug_after_the_double_dash_is_an_argument() -> None:
 
 def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["act"], raising(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == "interrupted; start the same command again to go on where it stopped\n"
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_exit_and_abort_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,6 +209,93 @@ def test_a_killed_engine_ends_generation_too(teacher: Path, tmp_path: Path, fork
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def engine_processes(process: Process) -> list[Any]:
+    """The processes of a command's engine, but for helpers that end by themselves in a moment."""
+    import psutil
+
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = " ".join(child.cmdline())
+                if "resource_tracker" not in words and "models.registry" not in words:
+                    found.append(child)
+    return found
+
+
+def ends_with_its_engine(process: Process, how: signal.Signals, ready: Callable[[], bool]) -> None:
+    """Send a signal to a command when it is ready; it and each process of its engine end within seconds."""
+    import psutil
+
+    deadline = time.monotonic() + 200
+    while not (engine_processes(process) and ready()):
+        assert process.poll() is None and time.monotonic() < deadline, process.said
+        time.sleep(0.02)
+    engine = engine_processes(process)
+    # A terminal interrupts them all.
+    for pid in [*(child.pid for child in engine if how == signal.SIGINT), process.pid]:
+        os.kill(pid, how)
+    process.wait(60)
+    _, alive = psutil.wait_procs(engine, timeout=15)
+    assert not alive, f"still there: {[child.cmdline() for child in alive]}"
+
+
+@needs_vllm
+def test_a_killed_command_leaves_no_engine(teacher: Path, tiny: Tiny, tmp_path: Path, forks: Forks) -> None:
+    process = forks.start("pipeline.cli", *caching(teacher, tiny, tmp_path / "cache"))
+    ends_with_its_engine(process, signal.SIGKILL, lambda: any((tmp_path / "cache" / "shards").glob("*.json")))
+    assert process.returncode == -signal.SIGKILL
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        (signal.SIGKILL, -9, "loading the teacher"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM; no shard was finished, so nothing is kept"),
+        (signal.SIGINT, 130, "interrupted; no shard was finished, so nothing is kept"),
+    ],
+)
+def test_a_command_is_stopped_while_its_engine_starts(
+    how: signal.Signals, code: int, said: str, teacher: Path, tiny: Tiny, tmp_path: Path, forks: Forks
+) -> None:
+    process = forks.start("pipeline.cli", *caching(teacher, tiny, tmp_path / "cache"))
+    ends_with_its_engine(process, how, lambda: True)
+    assert process.returncode == code
+    assert process.said.splitlines()[-1] == said
+    assert "Traceback" not in process.said
+    assert not (tmp_path / "cache").exists()
+
+
+UNSERVED = "Unsupported CPU attention configuration: head_dim="
+
+
+@needs_vllm
+def test_where_vllm_starts_and_cannot_serve_auto_takes_transformers(tiny: Tiny, tmp_path: Path, forks: Forks) -> None:
+    """Heads of 8, of which vLLM says nothing before it scores."""
+    process = forks.start("pipeline.cli", *caching(tiny.teacher, tiny, tmp_path / "cache"))
+    assert process.wait(200) == 0, process.said
+    manifest = Cache.open(tmp_path / "cache").manifest
+    assert manifest.scoring.engine == "transformers"
+    assert UNSERVED in manifest.made_with["engine"]
+    [line] = [line for line in process.said.splitlines() if line.startswith("engine: transformers")]
+    assert f"vLLM cannot serve the teacher: {UNSERVED}" in line
+    assert "Traceback" not in process.said and "Warning" not in process.said
+
+
+@needs_vllm
+def test_a_vllm_that_was_asked_for_and_cannot_serve_is_one_sentence(tiny: Tiny, tmp_path: Path, forks: Forks) -> None:
+    process = command(forks, *caching(tiny.teacher, tiny, tmp_path / "cache", "--engine", "vllm"))
+    assert process.returncode == 1
+    [line] = [line for line in process.said.splitlines() if line.startswith("error: ")]
+    assert UNSERVED in line and "choose --engine transformers" in line
+    assert "lower" not in line and "same command" not in line
+    assert "Traceback" not in process.said and "Warning" not in process.said and len(process.said.splitlines()) < 9
+    log = Path(line.partition("its log is ")[2].partition(";")[0])
+    assert log.exists()
+    assert not (tmp_path / "cache").exists()
+
+
 @needs_vllm
 def test_completions_resume_and_are_scored(
     teacher: Path, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Finished], forks: Forks
@@ -298,6 +386,7 @@ def test_an_architecture_that_vllm_does_not_serve(
 @pytest.mark.parametrize(
     ("given", "told"),
     [
+        (["--vllm-arg", "logprobs_mode=raw_logits"], "--vllm-arg logprobs_mode: decided by this program"),
         (["--vllm-arg", "max_model_len=100"], "--vllm-arg max_model_len=100: the longest sequence has 128 ids"),
         (["--vllm-arg", "tensor_parallel_sise=2"], "did you mean tensor_parallel_size?"),
         (["--vllm-route", "prompt-logprobs"], "cannot give --temperature"),

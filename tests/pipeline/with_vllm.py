@@ -67,7 +67,11 @@ class Forks:
     def __init__(self, folder: Path) -> None:
         self._folder, self._started = folder, 0
         self._server = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(folder)},  # of the engines' logs
         )
 
     def start(self, module: str, *words: object, **environment: str) -> Process:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.plan import plan_shards
+from storage.plan import default_shard_tokens, plan_shards
 
 LENGTHS = st.lists(st.integers(2, 5000), min_size=1, max_size=60)
 BUDGET = st.integers(2, 20_000)
@@ -53,3 +54,25 @@ def test_sums_beyond_32_bits() -> None:
 
 def test_no_sequences_no_shards() -> None:
     assert plan_shards(np.zeros(0, np.int32), 100) == ()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shard"),
+    [
+        (0, 1 << 14),
+        (100, 1 << 14),
+        (1 << 20, 1 << 14),
+        ((1 << 20) + 1, (1 << 14) + 1),
+        (1 << 24, 1 << 18),
+        (1 << 30, 1 << 18),
+    ],
+)
+def test_the_default_shards_of_a_small_corpus_are_small(tokens: int, shard: int) -> None:
+    assert default_shard_tokens(np.array([tokens], np.int64)) == shard
+
+
+def test_the_default_plan_is_that_of_its_shard_tokens() -> None:
+    lengths = np.full(1000, 512, np.int32)
+    shards = plan_shards(lengths, None)
+    assert shards == plan_shards(lengths, 1 << 14)
+    assert len(shards) == 32
