@@ -83,6 +83,10 @@ student of them does not learn to stop.
 Rows of `input_ids` may have `labels` (-100: no loss), `attention_mask` (padding is cut off), `completion_mask`,
 `assistant_masks` or a `loss_mask` of one entry per scored position. Several masks hold together.
 
+Texts, prompts and completions may be chats that were rendered before. They get no second beginning and no second end
+of sequence. The loss of a completion ends with the first token that stops the teacher. A row whose `finish_reason` is
+`length` (as `pipeline generate` writes) was cut, so its end has no loss.
+
 ## Options
 
 - `--chat-template FILE` takes a Jinja file in place of the tokenizer's template. The cache keeps it with the tokenizer.

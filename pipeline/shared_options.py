@@ -7,10 +7,33 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from pipeline.config_file import key_value_option
 from storage.errors import UserError
 
 if TYPE_CHECKING:
+    from stages.chat_settings import ChatSettings
     from stages.engines import EngineOptions
+
+_CHAT_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--chat-template",
+        type=click.Path(),
+        metavar="FILE",
+        show_default="the tokenizer's own",
+        help="A Jinja chat template in place of the tokenizer's own.",
+    ),
+    key_value_option(
+        "--template-arg",
+        "template_args",
+        help="Variable of the chat template, e.g. enable_thinking=false; may be repeated.",
+    ),
+    click.option(
+        "--template-time",
+        metavar="DATE",
+        show_default="the day when the output is begun",
+        help="Date or time that a chat template is told which writes one, e.g. 2026-11-26.",
+    ),
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -28,6 +51,20 @@ def options_of(command: click.Command, names: Collection[str]) -> Callable[[_Fun
         return function
 
     return give
+
+
+def chat_options(function: _Function) -> _Function:
+    """Give the decorated command the options of the chat template; `chat_settings` reads them."""
+    for option in reversed(_CHAT_OPTIONS):
+        function = option(function)
+    return function
+
+
+def chat_settings(given: dict[str, Any]) -> ChatSettings:
+    """Return how the chat template is used, taken out of a command's parameters."""
+    from stages.chat_settings import ChatSettings
+
+    return ChatSettings(given.pop("chat_template"), given.pop("template_args"), given.pop("template_time"))
 
 
 def engine_options(given: dict[str, Any]) -> EngineOptions:

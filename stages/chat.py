@@ -33,7 +33,7 @@ from stages.chat_template import (
 )
 from stages.encode import check_text, encode_spans
 from stages.messages import REASONING_FIELDS, Chat, Message, content_text, tool_names
-from stages.said import is_in, not_rendered, said, squeezed
+from stages.said import is_in, not_rendered, said, squeezed, times_named
 from storage.errors import UserError
 
 _THINK_TAGS = re.compile(r"</?think>")
@@ -122,6 +122,18 @@ class ChatRenderer:
         """
         texts, spans = [each.text for each in rendered], [each.spans for each in rendered]
         return encode_spans(self._tokenizer, texts, spans, add_special_tokens=False) if texts else []
+
+    def prompt(self, chat: Chat, where: str = "the chat", tools: Tools = None) -> str:
+        """Return the chat with the generation prompt, as text, for the assistant to answer. Raises UserError."""
+        self._template.source(tools, where)
+        messages = self._template.adapt(chat.messages, tools, where)
+        try:
+            text = self._template.render(messages, tools, prompt=True)
+        except Exception as error:  # a template may raise anything
+            raise _refused(where, error) from error
+        check_text(text, where)
+        self._check_context(messages, [], text, tools, where)
+        return text
 
     # ---- sequences ----------------------------------------------------------------------------------------
 
@@ -338,10 +350,7 @@ class ChatRenderer:
         for what, piece in said(message):
             if not is_in(piece, text_there):
                 raise not_rendered(what, place)
-        names = [call["function"]["name"] for call in message.get("tool_calls") or []]
-        for name in names:
-            if spoken.count(name) < names.count(name):
-                raise not_rendered(f"every tool call {name!r}", place)
+        _check_calls(message, spoken, place)
 
     def _check_context(
         self,
@@ -372,8 +381,9 @@ class ChatRenderer:
                 obeyed = self._template.without_directives(piece, tools)
                 if not is_in(piece, text_there) and not is_in(obeyed, text_there):
                     raise not_rendered(what, place)
+            _check_calls(message, text, place)
         for name in tool_names(tools or []):
-            if name not in text:
+            if not times_named(name, text):
                 raise not_rendered(f"the tool {name!r}", where)
 
     def _vanished_messages(self, messages: list[Message], tools: Tools, by_prompt: bool) -> frozenset[int]:
@@ -414,6 +424,14 @@ def _with_thought(content: str, before: str, rest: str) -> str:
     if answer.strip():
         rest = answer[: len(answer) - len(answer.lstrip())] + rest.lstrip()
     return thought + CLOSE_THINK + rest
+
+
+def _check_calls(message: Message, text: str, place: str) -> None:
+    """Raise UserError unless the text names every tool that the message calls, as often as the message does."""
+    names = [call["function"]["name"] for call in message.get("tool_calls") or []]
+    for name in names:
+        if times_named(name, text) < names.count(name):
+            raise not_rendered(f"the tool call {name!r}", place)
 
 
 def _like(content: Any, text: str) -> Any:

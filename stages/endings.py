@@ -53,6 +53,29 @@ def without_end(ids: np.ndarray, mask: np.ndarray, tokenizer: Any, end_ids: Iter
     return without
 
 
+def ends(ids: np.ndarray, stops: frozenset[int], tokenizer: Any) -> bool:
+    """Return True where the ids end in a token of `stops`; white space, which templates write, may follow."""
+    for token in ids[::-1].tolist():
+        if token in stops:
+            return True
+        if tokenizer.decode([token]).strip():
+            return False
+    return False
+
+
+def until_stop(ids: np.ndarray, mask: np.ndarray, stops: frozenset[int]) -> np.ndarray:
+    """Return the loss mask of a completion without what follows the first token of `stops` that has a loss.
+
+    ids: [L]. mask: bool [L-1]. A teacher generates nothing after that token.
+    """
+    found = np.flatnonzero(mask & np.isin(ids[1:], list(stops)))
+    if not len(found):
+        return mask
+    without = mask.copy()
+    without[found[0] + 1 :] = False
+    return without
+
+
 def _special(tokenizer: Any) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import endings
+from stages.chat_settings import TIME, ChatSettings
 from stages.identity import teacher_identity
-from stages.messages import read_tools
+from stages.messages import MESSAGE_COLUMNS, read_chat, read_tools, with_system
 from stages.pretrained import load_config, load_tokenizer
 from stages.sources import load_rows
 from storage.errors import UserError
@@ -30,6 +31,8 @@ from storage.new_path import check_new_path, local_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stages.chat import ChatRenderer
+
 # Prompts given to the engine between two writes: enough to fill a batch, little to lose.
 WINDOW = 256
 # Of a generation_config: how its authors let the model sample.
@@ -39,7 +42,8 @@ _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_
 @dataclass(frozen=True)
 class GenerateOptions:
     """Lengths in tokens. samples: completions per prompt. token_ids: rows of `input_ids` and `loss_mask` instead of
-    text, which say exactly what was drawn (text may be split into other tokens when it is read again)."""
+    text, which say exactly what was drawn (text may be split into other tokens when it is read again). chat: how the
+    chat template is used."""
 
     model: str
     prompts: str
@@ -53,6 +57,7 @@ class GenerateOptions:
     token_ids: bool = False
     prompt_column: str | None = None
     messages_column: str | None = None
+    chat: ChatSettings = field(default_factory=ChatSettings)
     split: str | None = None
     limit: int | None = None
     dtype: str = "auto"
@@ -112,6 +117,7 @@ class PreparedGeneration:
 
 def prepare(options: GenerateOptions) -> PreparedGeneration:
     """Raises UserError, with nothing written, for whatever can be told before the model is loaded."""
+    from stages.chat import ChatRenderer
     from stages.vllm_engine import check_engine_args, check_serves
 
     output = local_path(options.output, "the file of completions")
@@ -125,13 +131,16 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     check_serves(options.model, **source)
     check_engine_args(options.vllm_args, options.max_length or 0)
     tokenizer = load_tokenizer(options.model, **source)
+    options.chat.prepare(tokenizer)
+    moment = options.chat.moment(tokenizer, _time_begun(options))
+    renderer = ChatRenderer(tokenizer, arguments=options.chat.values(), moment=moment)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     max_length = options.max_length or context or 4096
     rows = load_rows(options.prompts, split=options.split, limit=options.limit)
     try:
         column, chat = _find_column(rows.column_names, options)
         encoded = [
-            (rows[index], _prompt_ids(tokenizer, rows[index], column, chat, rows.origin.where(index)))
+            (rows[index], _prompt_ids(tokenizer, renderer, rows[index], column, chat, rows.origin.where(index)))
             for index in range(len(rows))
         ]
         for index, (_, ids) in enumerate(encoded):
@@ -145,7 +154,7 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     prompts = [
         Prompt(row, ids, index, sample) for index, (row, ids) in enumerate(encoded) for sample in range(options.samples)
     ]
-    identity = _identity(options, config, encoded)
+    identity = _identity(options, config, encoded) | options.chat.about(moment)
     prepared = PreparedGeneration(options, tokenizer, prompts, column, chat, max_length, identity)
     prepared.done = _lines_done(prepared)
     return prepared
@@ -273,7 +282,9 @@ def _row(prepared: PreparedGeneration, prompt: Prompt, ids: list[int], reason: s
     if prepared.options.samples > 1:
         row["sample"] = prompt.sample
     if prepared.chat:
-        return {**row, prepared.column: [*prompt.row[prepared.column], {"role": "assistant", "content": text}]}
+        asked = prompt.row[prepared.column]
+        messages = parse_json(asked) if isinstance(asked, str) else asked
+        return {**row, prepared.column: [*messages, {"role": "assistant", "content": text}]}
     return {**row, "completion": text}
 
 
@@ -283,30 +294,40 @@ def _find_column(there: Sequence[str], options: GenerateOptions) -> tuple[str, b
         raise UserError("--prompt-column and --messages-column exclude each other; give one")
     wanted = options.prompt_column or options.messages_column
     if wanted is None:
-        found = [name for name in ("prompt", "messages") if name in there]
+        usual = ("prompt", *MESSAGE_COLUMNS)
+        found = [name for name in usual if name in there]
         if len(found) != 1:
             raise UserError(
-                f"{options.prompts}: {'both' if found else 'neither'} a column `prompt` {'and' if found else 'nor'} "
-                f"`messages` among {', '.join(there)}; name one with --prompt-column or --messages-column"
+                f"{options.prompts}: {'several' if found else 'none'} of the columns {', '.join(usual)} among "
+                f"{', '.join(there)}; name one with --prompt-column or --messages-column"
             )
         wanted = found[0]
     if wanted not in there:
         raise UserError(f"{options.prompts}: has no column {wanted!r}; its columns are {', '.join(there)}")
-    return wanted, wanted == (options.messages_column or "messages") and not options.prompt_column
+    chats = (options.messages_column,) if options.messages_column else MESSAGE_COLUMNS
+    return wanted, wanted in chats and not options.prompt_column
 
 
-def _prompt_ids(tokenizer: Any, row: dict[str, Any], column: str, chat: bool, where: str) -> list[int]:
+def _time_begun(options: GenerateOptions) -> str | None:
+    """Return the template time of an earlier, killed run of this command."""
+    try:
+        found = parse_json(Path(f"{options.output}.partial.json").read_bytes())[TIME]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _prompt_ids(
+    tokenizer: Any, renderer: ChatRenderer, row: dict[str, Any], column: str, chat: bool, where: str
+) -> list[int]:
     value = row.get(column)
-    if chat:
-        if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-            raise UserError(f"{where}: messages are not a list of role and content")
-        if value[-1].get("role") == "assistant":
-            raise UserError(f"{where}: the chat ends with the assistant's turn; there is nothing left to answer")
-        tools = read_tools(row.get("tools"), where)
-        try:
-            text = tokenizer.apply_chat_template(value, tools=tools, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # noqa: BLE001 - a template may raise whatever it likes
-            raise UserError(f"{where}: the chat template refuses these messages ({str(error)[:120]})") from None
+    if chat or isinstance(value, list):
+        asked = read_chat(value, where)
+        if not asked.messages or asked.messages[-1]["role"] == "assistant":
+            last = "is empty" if not asked.messages else "ends with the assistant's turn"
+            raise UserError(f"{where}: the chat {last}; there is nothing left to answer")
+        asked = with_system(asked, row.get("system"), where)
+        text = renderer.prompt(asked, where, read_tools(row.get("tools"), where))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         if not isinstance(value, str) or not value.strip():

@@ -16,6 +16,8 @@ from storage.errors import UserError
 
 Message = dict[str, Any]
 
+# Columns that hold chats, the usual one first.
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 # Role as written, in lower case -> role of a chat template.
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),

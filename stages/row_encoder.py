@@ -11,6 +11,7 @@ import numpy as np
 
 from stages import endings, given_masks
 from stages.encode import check_text, encode_spans, has_special_text
+from stages.messages import MESSAGE_COLUMNS
 from stages.parquet_files import UNSUPPORTED
 from stages.records import Encoded, EncodedRow, records
 from stages.rows import Origin, Rows, decode_columns
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from stages.messages import Chat
 
 Cells = Mapping[str, list[Any]]  # a batch of rows by column
-# Columns of chats, the usual one first.
-_MESSAGES = ("messages", "conversations", "conversation")
 
 
 # ---- which columns hold what ------------------------------------------------------------------------------
@@ -70,7 +69,7 @@ def find_kind(rows: Rows, options: CorpusOptions) -> Kind:
     usual = [
         Kind("text", ("text",)),
         Kind("completion", ("prompt", "completion", *beside), tools),
-        *(Kind("messages", (name, *beside), tools) for name in _MESSAGES),
+        *(Kind("messages", (name, *beside), tools) for name in MESSAGE_COLUMNS),
         Kind("tokens", ("input_ids", *(name for name in given_masks.COLUMNS if name in there))),
     ]
     kinds = named or [kind for kind in usual if set(kind.columns) <= set(there)]
@@ -188,7 +187,7 @@ class RowEncoder:
                 spans.append([(len(prompt), len(prompt) + len(completion))])
                 places.append(at)
         for at, encoded in zip(places, self._marked(texts, spans), strict=True):
-            results[at] = encoded
+            results[at] = encoded._replace(mask=endings.until_stop(encoded.ids, encoded.mask, self._stops))
         for at, sequences in self._rendered(chats, indices, cells).items():
             results[at] = sequences
         return results
@@ -267,10 +266,18 @@ class RowEncoder:
         encoded = encode_spans(self.tokenizer, texts, spans, add_special_tokens=True, limit=limit) if texts else []
         return [self._with_eos(ids, marks) for ids, marks in encoded]
 
+    @property
+    def _stops(self) -> frozenset[int]:
+        """The token ids that stop the teacher."""
+        return frozenset({*self.options.end_ids, self.tokenizer.eos_token_id} - {None})
+
     def _with_eos(self, ids: np.ndarray, marks: np.ndarray) -> Encoded:
-        """Ids that end in the end-of-sequence token, which has a loss, and the mask of their predictions."""
+        """Ids that end in the end-of-sequence token, which has a loss, and the mask of their predictions.
+
+        Text that was rendered before may end in another token that stops the teacher, and then gets no second end.
+        """
         eos = self.tokenizer.eos_token_id
-        if self.options.append_eos and eos is not None and not (len(ids) and ids[-1] == eos):
+        if self.options.append_eos and eos is not None and not endings.ends(ids, self._stops, self.tokenizer):
             ids, marks = np.append(ids, np.int32(eos)), np.append(marks, True)
         return Encoded(ids, marks[1:])
 

@@ -14,14 +14,13 @@ _THINK_TAGS = re.compile(r"</?think>")
 
 
 def said(message: Message) -> Iterator[tuple[str, str]]:
-    """Yield what a message says, piece by piece, and the name of each piece for errors."""
+    """Yield what a message says but the names of tools, piece by piece, and the name of each piece for errors."""
     for piece in _THINK_TAGS.split(content_text(message.get("content"))):
         yield "the content", piece
     for name in REASONING_FIELDS:
         yield "the reasoning", message.get(name) or ""
     for call in message.get("tool_calls") or []:
         function = call["function"]
-        yield f"the tool call {function['name']!r}", function["name"]
         for text in _texts_in(function["arguments"]):
             yield f"an argument of the tool call {function['name']!r}", text
 
@@ -32,6 +31,11 @@ def _texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts_in(inner)
+
+
+def times_named(name: str, text: str) -> int:
+    """Return how often a name stands in a text as a word of its own."""
+    return len(re.findall(rf"(?<!\w){re.escape(name)}(?!\w)", text))
 
 
 def squeezed(text: str) -> str:

@@ -11,7 +11,7 @@ from pipeline.config_file import config_option, key_value_option
 from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, printable
 from pipeline.reports import show_cache
-from pipeline.shared_options import engine_options
+from pipeline.shared_options import chat_options, chat_settings, engine_options
 from pipeline.signals import saying
 from storage.words import are, counted
 
@@ -180,24 +180,7 @@ _TURNS = ("all", "last", "each")
     help="Assistant turns of a chat that have a loss: all in one sequence, the last alone, or each at the end of a "
     "sequence of its own, which templates need that strip earlier thinking.",
 )
-@click.option(
-    "--chat-template",
-    type=click.Path(),
-    metavar="FILE",
-    show_default="the tokenizer's own",
-    help="A Jinja chat template in place of the tokenizer's own.",
-)
-@key_value_option(
-    "--template-arg",
-    "template_args",
-    help="Variable of the chat template, e.g. enable_thinking=false; may be repeated.",
-)
-@click.option(
-    "--template-time",
-    metavar="DATE",
-    show_default="the day when the cache is begun",
-    help="Date or time that a chat template is told which writes one, e.g. 2026-11-26.",
-)
+@chat_options
 @click.option(
     "--append-eos/--no-append-eos", default=True, help="End texts and completions with the end-of-sequence token."
 )
@@ -311,12 +294,11 @@ def _kept(prepared: PreparedCache) -> str:
 def cache_options(given: dict[str, Any]) -> CacheOptions:
     """What this command's parameters ask for."""
     from stages.caching import CacheOptions
-    from stages.chat_settings import ChatSettings
 
     names = ("text_column", "prompt_column", "completion_column", "messages_column", "tools_column")
     columns = {name: given.pop(name) for name in names}
     given["logprob_bits"] = int(given["logprob_bits"])
-    given["chat"] = ChatSettings(given.pop("chat_template"), given.pop("template_args"), given.pop("template_time"))
+    given["chat"] = chat_settings(given)
     return CacheOptions(engine_options(given), columns=columns, **given)
 
 

@@ -9,6 +9,7 @@ import click
 from pipeline.config_file import config_option, key_value_option
 from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, summary
+from pipeline.shared_options import chat_options, chat_settings
 from pipeline.signals import saying
 from storage.words import are, counted
 
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt-column", metavar="NAME", show_default="prompt", help="Column of prompts.")
 @click.option("--messages-column", metavar="NAME", show_default="messages", help="Column of chat messages.")
+@chat_options
 @click.option("--split", metavar="NAME", show_default="train", help="Split of a hub dataset or of a folder.")
 @click.option("--limit", type=click.IntRange(1), show_default="all", help="Use only the first rows, this many.")
 @click.option(
@@ -87,7 +89,7 @@ def command(**given: Any) -> None:
     """
     from stages.generation import GenerateOptions, own_sampling, prepare, run, start
 
-    options = GenerateOptions(**given)
+    options = GenerateOptions(chat=chat_settings(given), **given)
     prepared = prepare(options)
     left = len(prepared.prompts) - prepared.done
     there = f"{prepared.done} of {counted(len(prepared.prompts), 'completion')} {are(prepared.done)} there already"

@@ -119,3 +119,27 @@ def test_the_corpus_says_what_ends(tiny: Tiny, tmp_path: Path, pipeline: Callabl
     assert "corpus: 1 row says that the text was cut when it was written, so no end token has a loss\n" in said
     assert "corpus: 1 sequence ends with an end-of-sequence token that has a loss" in said
     assert "end-of-sequence" not in pipeline(*base, "--no-append-eos").err
+
+
+def test_chats_that_were_rendered_before_get_no_second_end(
+    trained: Callable[..., list[tuple[str, str]]], tokenizer: Any
+) -> None:
+    """`c` stands for another token that stops the teacher, as <|im_end|> does beside an end of text."""
+    stop = tokenizer.convert_tokens_to_ids("c")
+    ask = {"prompt": "x:"}
+    found = trained(
+        {**ask, "completion": "yes\nc"},
+        {**ask, "completion": "yes" + END + "\n"},
+        {**ask, "completion": "yes" + END + "\n<user>more" + END},
+        {**ask, "completion": "yes\n"},
+        end_ids=(stop,),
+    )
+    assert [text for _, text in found] == ["yes\nc", "yes" + END, "yes" + END, "yes\n" + END]
+    assert [whole.removeprefix("x:") for whole, _ in found] == [
+        "yes\nc",
+        "yes" + END + "\n",
+        "yes" + END + "\n<user>more" + END,
+        "yes\n" + END,
+    ]
+    texts = trained({"text": "yes" + END + "\n"}, {"text": "yes\nc"}, {"text": "c yes"}, end_ids=(stop,))
+    assert [whole for whole, _ in texts] == ["yes" + END + "\n", "yes\nc", "c yes" + END]
