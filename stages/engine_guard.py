@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stages import engine_log
+from stages.parent_watch import announce_parent
 from storage.errors import RunError, UserError
 
 _Answer = TypeVar("_Answer")
@@ -117,6 +118,7 @@ def start_guarded(start: Callable[[], _Engine], model: str, advice: str) -> tupl
     processes are then gone, as they are when the start is interrupted.
     """
     others, mark = set(multiprocessing.active_children()), engine_log.mark()
+    announce_parent()
     try:
         with engine_log.captured():
             engine = start()

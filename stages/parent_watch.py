@@ -16,23 +16,26 @@ _POLL_SECONDS = 0.5
 # The names that vLLM gives to its processes.
 _ENGINE_NAMES = ("EngineCore", "VllmWorker")
 _PR_SET_PDEATHSIG = 1
+# In the environment: the process that spawns.
+_PARENT = "PIPELINE_PARENT"
 _watching = False
 
 
 def end_with_parent() -> None:
     """Start a thread that ends this process, at once and without cleaning up, when its parent changes.
 
-    A second call does nothing. A thread sees the parent of the process; the kernel's own signal for that
-    (`end_fork_with_parent`) follows the parent's thread, and an engine may be started in a short-lived one.
+    A second call only looks whether the parent is still there. A thread sees the parent of the process; the kernel's
+    own signal for that (`end_fork_with_parent`) follows the parent's thread, and an engine may be started in a
+    short-lived one.
     """
     global _watching
-    if _watching:
-        return
-    _watching = True
     parent = os.getppid()
     known = multiprocessing.parent_process()
     if known is not None and known.pid != parent:
         os._exit(1)
+    if _watching:
+        return
+    _watching = True
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -50,8 +53,17 @@ def end_spawned_with_parent() -> None:
     """
     spawning = getattr(multiprocessing.current_process(), "_inheriting", False)
     if spawning and sys.modules["__main__"].__name__ == "__main__":  # `__mp_main__` once that import is over
+        # It may be gone before this line is reached; multiprocessing knows it only later.
+        if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+            os._exit(1)
         _ignore_interrupts()
         end_with_parent()
+        announce_parent()
+
+
+def announce_parent() -> None:
+    """Tell the processes that this one is going to spawn which process it is."""
+    os.environ[_PARENT] = str(os.getpid())
 
 
 def end_engine_with_parent() -> None:
