@@ -18,5 +18,18 @@ class FloatRange(click.FloatRange):
         return number
 
 
+class Text(click.ParamType):
+    """Text that will be written as UTF-8: bytes of the command line that are none are refused."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail("holds bytes that are no UTF-8", param, ctx)
+        return str(value)
+
+
 # What numpy and torch take.
 SEED = click.IntRange(0, 2**32 - 1)

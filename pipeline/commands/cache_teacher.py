@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.config_file import config_option, key_value_option
-from pipeline.option_types import SEED, FloatRange
+from pipeline.option_types import SEED, FloatRange, Text
 from pipeline.progress import Progress, printable
 from pipeline.reports import show_cache
 from pipeline.shared_options import chat_options, chat_settings, engine_options
@@ -209,6 +209,7 @@ _TURNS = ("all", "last", "each")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher.")
 @click.option(
     "--license",
+    type=Text(),
     metavar="ID",
     show_default="not stated",
     help="Licence of the cache for its dataset card, as hubs name them, e.g. cc-by-4.0. The corpus and the teacher "
@@ -216,6 +217,7 @@ _TURNS = ("all", "last", "each")
 )
 @click.option(
     "--citation",
+    type=Text(),
     metavar="TEXT",
     show_default="none",
     help="How to cite the source of the corpus, for the dataset card.",

@@ -94,6 +94,8 @@ def test_names_that_no_file_can_have(scene: Path, pipeline: Pipeline, tiny: Tiny
         (["--temperature", "2", "--temperature", "2"], "temperatures must differ"),
         (["--tail-samples", str(2**31)], "--tail-samples"),
         (["--seed", str(10**23)], "--seed"),
+        (["--citation", "\udcff"], "'--citation': holds bytes that are no UTF-8"),
+        (["--license", "\udcff"], "'--license': holds bytes that are no UTF-8"),
         (["--engine", "server", "--server-url", "[x"], "--server-url [x: expected http://host:port"),
         (["--engine", "server", "--server-url", "."], "--server-url .: expected http://host:port"),
     ],
