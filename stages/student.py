@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -269,7 +270,8 @@ def training_arguments(options: StudentOptions) -> Any:
     try:
         arguments = TrainingArguments(
             **{name: value for name, value in {**defaults, **options.trainer}.items() if name not in _COMPILE},
-            output_dir=options.output,
+            # Absolute, or a name that begins with ~ would be another place for Trainer than for the rest.
+            output_dir=os.path.abspath(options.output),
             remove_unused_columns=False,
             label_names=[],
             disable_tqdm=True,

@@ -117,6 +117,17 @@ def test_numbers_that_no_training_can_use(
     assert not (scene / "out").exists()
 
 
+def test_a_name_that_begins_with_a_tilde_is_one_place(
+    writing: dict[str, list[object]], scene: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer alone would expand it, as where a configuration file names it, and write in two places."""
+    monkeypatch.setenv("HOME", str(scene / "home"))
+    ended = pipeline(*writing["train-student"], "~/run", "--max-steps", 1, "--eval-share", 0)
+    assert ended.code == 0, ended.err
+    assert (scene / "~" / "run" / "model.safetensors").exists()
+    assert not (scene / "home").exists()
+
+
 def test_a_logger_that_does_not_exist(writing: dict[str, list[object]], scene: Path, pipeline: Pipeline) -> None:
     one_sentence(pipeline(*writing["train-student"], "out", "--report-to", "nobody"), 2, "nobody is not supported")
     assert not (scene / "out").exists()
