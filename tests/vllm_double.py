@@ -159,8 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.json(500, {"error": {"message": "EngineCore\nencountered an issue"}})
         if trouble == "400":
             return self.json(400, {"error": {"message": "This model's maximum context length is 3"}})
-        if trouble == "slow":
-            time.sleep(1.5)
+        if trouble in ("slow", "stuck"):
+            time.sleep(1.5 if trouble == "slow" else 15)
         if trouble == "reset":
             # Closing with this option set sends a reset.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

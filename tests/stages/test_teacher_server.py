@@ -181,7 +181,7 @@ def test_an_answer_of_another_kind(server: VllmDouble) -> None:
 def test_an_interrupt_does_not_wait_for_answers(pooling: VllmDouble) -> None:
     teacher = connect(pooling, patience=Patience(timeout=60))
     begin = pooling.requests
-    pooling.trouble = lambda n: "" if n == begin + 1 else "slow"
+    pooling.trouble = lambda n: "" if n == begin + 1 else "stuck"
 
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
@@ -189,7 +189,7 @@ def test_an_interrupt_does_not_wait_for_answers(pooling: VllmDouble) -> None:
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         teacher.score(SEQUENCES, interrupt)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 10.0
 
 
 # Before any sequence is sent
