@@ -28,21 +28,24 @@ _DIRECTIVE = re.compile(r"['\"](/\w+)['\"]")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 THINK, CLOSE_THINK = "<think>", "</think>"
 # Texts that no template writes by itself.
-_USER, _ASSISTANT, _NEXT, _CALL, _KEY, _VALUE = "qvzuserqvz", "qvzanswerqvz", "qvznextqvz", "qvzcall", "qvzkey", "qvzv"
+_USER, _ASSISTANT, _NEXT, _THOUGHT = "qvzuserqvz", "qvzanswerqvz", "qvznextqvz", "qvzthoughtqvz"
+_CALL, _KEY, _VALUE = "qvzcall", "qvzkey", "qvzv"
+_PROBE_FUNCTION = {"name": "qvztool", "description": "", "parameters": {"type": "object", "properties": {}}}
+_PROBE_TOOLS = [{"type": "function", "function": _PROBE_FUNCTION}]
 
 
 @dataclass(frozen=True)
 class Habits:
     """The habits of one template.
 
-    content_forms: of "string" and "parts", those that are rendered as text. call_content: the content of a message
+    strings: contents are strings, not lists of parts. call_content: the content of a message
     with tool calls and no text. object_arguments: arguments of tool calls are objects, not JSON text. reasoning: the
     fields of reasoning that the template reads. has_prompt: it has a generation prompt. header: the part of the
     generation prompt that stands in finished turns too; opening: the rest of it, such as "<think>\\n". lead: the text
     between header and content in a finished turn. end: the special token that closes every assistant turn.
     """
 
-    content_forms: frozenset[str]
+    strings: bool
     call_content: str | None
     object_arguments: bool
     reasoning: tuple[str, ...]
@@ -55,7 +58,7 @@ class Habits:
 
     def content(self, text: str) -> Any:
         """Return a text as the content of a message, in a form that the template takes."""
-        return text if "string" in self.content_forms else [{"type": "text", "text": text}]
+        return text if self.strings else [{"type": "text", "text": text}]
 
     @property
     def opens_thinking(self) -> bool:
@@ -66,17 +69,22 @@ class ChatTemplate:
     """Renders chats as `tokenizer.apply_chat_template` does, with fixed arguments and a fixed moment.
 
     arguments: variables for the template, e.g. {"enable_thinking": False}. moment: the time that `strftime_now` tells
-    the template; None for now. Raises UserError for arguments that no template of this tokenizer reads, and for a
-    template that draws at random.
+    the template; None for now. stops: tokens that stop the teacher. Raises UserError for arguments that no template of
+    this tokenizer reads, and for a template that draws at random.
     """
 
     def __init__(
-        self, tokenizer: Any, arguments: Mapping[str, Any] | None = None, moment: datetime | None = None
+        self,
+        tokenizer: Any,
+        arguments: Mapping[str, Any] | None = None,
+        moment: datetime | None = None,
+        stops: frozenset[str] = frozenset(),
     ) -> None:
         self.tokenizer = tokenizer
+        self._stops = stops
         self._arguments = dict(arguments or {})
         self._clock = (moment or datetime.now()).strftime
-        self._habits: dict[str, Habits] = {}
+        self._habits: dict[tuple[str, bool], Habits] = {}
         self.special_tokens = _special_tokens(tokenizer)
         check_template(tokenizer, self._arguments)
 
@@ -145,14 +153,13 @@ class ChatTemplate:
                 content = habits.call_content
         elif content is None:
             content = ""
-        if isinstance(content, str) or "parts" not in habits.content_forms:
-            content = content if content is None else habits.content(content_text(content))
-        message["content"] = content
+        message["content"] = content if content is None else habits.content(content_text(content))
         return _with_reasoning(message, habits)
 
     def _speaks(self, role: str, tools: Tools) -> bool:
         """Return True where the template has this very name for a role."""
-        return f"<|{role}|>" in self.special_tokens or re.search(rf"['\"]{role}['\"]", self.source(tools)) is not None
+        compares = rf"role['\"\]]*\s*(==|!=|in)[^%}}]*['\"]{re.escape(role)}['\"]"
+        return f"<|{role}|>" in self.special_tokens or re.search(compares, self.source(tools)) is not None
 
     def without_directives(self, text: str, tools: Tools) -> str:
         """Return a content without the words, such as /no_think, that the template obeys and may not render."""
@@ -163,21 +170,32 @@ class ChatTemplate:
     # ---- habits -------------------------------------------------------------------------------------------
 
     def habits(self, tools: Tools) -> Habits:
-        """Return the habits of the template that serves these tools; found once for each template."""
-        source = self.source(tools)
-        if source not in self._habits:
-            self._habits[source] = self._find_habits(source, tools)
-        return self._habits[source]
+        """Return the habits of the template that serves chats with tools, or without; found once for each."""
+        key = (self.source(tools), bool(tools))
+        if key not in self._habits:
+            # The tools of one row would decide for all others.
+            self._habits[key] = self._find_habits(_PROBE_TOOLS if tools else None)
+        return self._habits[key]
 
-    def _find_habits(self, source: str, tools: Tools) -> Habits:
-        forms = frozenset(form for form in ("string", "parts") if self._takes(form, tools)) or frozenset({"string"})
-        call_content, object_arguments = self._call_form(tools, "string" in forms)
-        reasoning = tuple(name for name in REASONING_FIELDS if _reads(source, name))
-        habits = Habits(forms, call_content, object_arguments, reasoning)
+    def _find_habits(self, tools: Tools) -> Habits:
+        strings = self._takes("string", tools) or not self._takes("parts", tools)
+        habits = Habits(strings, *self._call_form(tools, strings), self._reasoning_fields(tools, strings))
         try:
             return self._with_turn(habits, tools)
         except Exception:  # noqa: BLE001 - a template may raise anything on a chat that it does not like
             return habits
+
+    def _reasoning_fields(self, tools: Tools, strings: bool) -> tuple[str, ...]:
+        """Return the fields of reasoning that the template renders in the last turn."""
+
+        def content(text: str) -> Any:
+            return text if strings else [{"type": "text", "text": text}]
+
+        def text(name: str) -> str:
+            answer = {"role": "assistant", "content": content(_ASSISTANT), name: _THOUGHT}
+            return self._try([{"role": "user", "content": content(_USER)}, answer], tools)
+
+        return tuple(name for name in REASONING_FIELDS if _THOUGHT in text(name))
 
     def _try(self, messages: Sequence[Message], tools: Tools, *, prompt: bool = False) -> str:
         """Return the chat as text, "" where the template refuses the chat."""
@@ -192,19 +210,20 @@ class ChatTemplate:
 
         chat = [{"role": "user", "content": content(_USER)}, {"role": "assistant", "content": content(_ASSISTANT)}]
         text = self._try(chat, tools)
-        printed = "'text'" in text or '"text"' in text
+        printed = any(f"{quote}text{quote}: {quote}{_USER}" in text for quote in "'\"")
         return _USER in text and _ASSISTANT in text and not printed
 
     def _call_form(self, tools: Tools, strings: bool) -> tuple[str | None, bool]:
         """Return the content of a message that only calls tools, and True where arguments are objects."""
         arguments = {_KEY: _VALUE}
         user = _USER if strings else [{"type": "text", "text": _USER}]
+        nothing = self._try([{"role": "user", "content": user}], tools).count("None")
         for content in (None, ""):
             for given in (arguments, json.dumps(arguments)):
                 call = {"id": "qvzcall01", "type": "function", "function": {"name": _CALL, "arguments": given}}
                 answer: Message = {"role": "assistant", "content": content, "tool_calls": [call]}
                 text = self._try([{"role": "user", "content": user}, answer], tools)
-                mangled = "None" in text or f"'{_KEY}'" in text or f'\\"{_KEY}' in text
+                mangled = text.count("None") > nothing or f"'{_KEY}'" in text or f'\\"{_KEY}' in text
                 if _CALL in text and _KEY in text and _VALUE in text and not mangled:
                     return content, given is arguments
         return "", True
@@ -235,6 +254,10 @@ class ChatTemplate:
 
     def _own_end(self, last: str, within: str) -> str | None:
         """Return the special token that follows an answer both at the end of a chat and within it."""
+        # Other special tokens may stand before the one that stops the teacher.
+        shared = [stop for stop in self._stops if stop in last and (not within or stop in within)]
+        if shared:
+            return min(shared, key=last.index)
         found = self.first_special(last)
         return found if not within or found == self.first_special(within) else None
 
@@ -310,10 +333,6 @@ def common_length(one: str, other: str) -> int:
 def _special_tokens(tokenizer: Any) -> frozenset[str]:
     added = (str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
     return frozenset({*tokenizer.all_special_tokens, *added} - {""})
-
-
-def _reads(source: str, name: str) -> bool:
-    return re.search(rf"\.{name}\b|['\"]{name}['\"]", source) is not None
 
 
 def _adapted_call(call: dict[str, Any], habits: Habits, place: str) -> dict[str, Any]:

@@ -54,12 +54,21 @@ def encode_spans(
     lead, trail = _added(tokenizer, texts) if add_special_tokens else ([], [])
     parts = _fast(tokenizer, texts, limit) if tokenizer.is_fast else _slow(tokenizer, texts, spans, limit)
     results = []
+    special = _special_ids(tokenizer)
     for (tokens, borders, is_whole), marked in zip(parts, spans, strict=True):
         marks = np.zeros(len(tokens.ids), dtype=bool)
         for start, end in marked:
-            marks |= (tokens.ends > borders.get(start, start)) & (tokens.starts < borders.get(end, end))
+            start, end = borders.get(start, start), borders.get(end, end)
+            # A special token may swallow white space behind it (rstrip), and so reach into a span that follows.
+            headers = np.isin(tokens.ids, special) & (tokens.starts < start)
+            marks |= (tokens.ends > start) & (tokens.starts < end) & ~headers
         results.append(_with_added(tokens.ids, marks, lead, trail if is_whole else []))
     return results
+
+
+def _special_ids(tokenizer: Any) -> np.ndarray:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return np.array(sorted({index for index, token in added.items() if token.special}), dtype=np.int64)
 
 
 def check_text(text: str, where: str) -> None:

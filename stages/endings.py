@@ -31,28 +31,6 @@ def was_cut(values: Iterable[Any]) -> bool:
     )
 
 
-def without_end(ids: np.ndarray, mask: np.ndarray, tokenizer: Any, end_ids: Iterable[int] = ()) -> np.ndarray:
-    """Return a chat's loss mask bool [L-1] without the tokens that end its last trained stretch.
-
-    ids: [L]. mask: bool [L-1]; entry t is about id t + 1. Every special token may end a turn, and the
-    tokens `end_ids`; a template may write white space after them. What stands before the first of them stays.
-    """
-    ends = _special(tokenizer) | set(end_ids)
-    trained = np.flatnonzero(mask)
-    last = int(trained[-1]) if len(trained) else -1
-    at, first_end = last, last + 1
-    while at >= 0 and mask[at]:
-        token = int(ids[at + 1])
-        if token in ends:
-            first_end = at
-        elif tokenizer.decode([token]).strip():
-            break
-        at -= 1
-    without = mask.copy()
-    without[first_end : last + 1] = False
-    return without
-
-
 def ends(ids: np.ndarray, stops: frozenset[int], tokenizer: Any) -> bool:
     """Return True where the ids end in a token of `stops`; white space, which templates write, may follow."""
     for token in ids[::-1].tolist():
@@ -76,13 +54,8 @@ def until_stop(ids: np.ndarray, mask: np.ndarray, stops: frozenset[int]) -> np.n
     return without
 
 
-def _special(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
-
-
 def without_last_end(ids: np.ndarray, mask: np.ndarray, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return a text without the end-of-sequence tokens at its end and mask, shapes as in `without_end`."""
+    """Return a text without the end-of-sequence tokens at its end and mask, of ids [L] and mask bool [L-1]."""
     length = len(ids)
     while length and ids[length - 1] == eos:
         length -= 1

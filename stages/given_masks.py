@@ -15,6 +15,14 @@ from storage.errors import UserError
 IGNORED_LABEL = -100  # what losses of `torch` and `transformers` leave out
 # One entry per token: 1 where the token is to be learned.
 TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "assistant_tokens_mask")
+# Columns that trainers read for the same purpose, in forms that differ from one to the other.
+NOT_SUPPORTED = frozenset(
+    {
+        *("response_mask", "prompt_mask", "target_mask", "label_mask", "mask", "label", "label_ids", "targets"),
+        *("loss_weights", "loss_weight", "weights", "weight", "prompt_length", "prompt_len", "response_length"),
+        *("seq_lengths", "sequence_lengths", "cu_seqlens"),
+    }
+)
 COLUMNS = ("loss_mask", "labels", "attention_mask", "position_ids", *TOKEN_MASKS)
 
 

@@ -63,7 +63,7 @@ def read_completion(prompt: Any, completion: Any, where: str) -> Chat:
     The prompt is a list of messages; the completion is a list of messages, or the assistant's text.
     """
     before = _chat(_list_of(prompt, where, "prompt"), f"the prompt of {where}")
-    if isinstance(completion, str):
+    if isinstance(completion, str) and not is_chat_text(completion):
         completion = [{"role": "assistant", "content": completion}]
     after = _chat(_list_of(completion, where, "completion"), f"the completion of {where}")
     if not any(message["role"] == "assistant" for message in after.messages):
@@ -102,6 +102,17 @@ def read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"The tools in {where} are not a list of objects; give a list of JSON schemas.")
     return tools
+
+
+def is_chat_text(value: Any) -> bool:
+    """Return True for text that is a list of messages as JSON."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return False
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return bool(found) and all(isinstance(each, dict) and {"role", "from"} & set(each) for each in found)
 
 
 def tool_names(tools: Iterable[dict[str, Any]]) -> list[str]:
@@ -183,7 +194,9 @@ def _name_role(message: Message, role: str, place: str) -> None:
     if known == "tool_call":
         known = "assistant"
         if "tool_calls" not in message and "function_call" not in message:
-            message["tool_calls"] = [_parsed(message.pop("content", None), place)]
+            calls = message.pop("content", None)
+            calls = _parsed(calls, place) if isinstance(calls, str) else calls
+            message["tool_calls"] = calls if isinstance(calls, list) else [calls]
     if known is None:
         raise UserError(
             f"{place} has the role {role!r}, which is not known; use system, developer, user, assistant or tool."
@@ -209,8 +222,22 @@ def _read_content(message: Message, value: dict[str, Any], place: str) -> None:
     for name in REASONING_FIELDS:
         if name in message and not isinstance(message[name], str):
             raise UserError(f"{place} has a field {name!r} that is {kind_of(message[name])}; give it text.")
-    if len({message[name] for name in REASONING_FIELDS if message.get(name)}) > 1:
-        raise UserError(f"{place} has several fields of reasoning that differ; keep one.")
+    _read_reasoning(message, place)
+
+
+def _read_reasoning(message: Message, place: str) -> None:
+    """Keep one thought: the field without its tags, or that in the content. Raises UserError where they differ."""
+    thoughts = {name: message[name].strip() for name in REASONING_FIELDS if message.get(name)}
+    thoughts = {name: text.removeprefix("<think>").removesuffix("</think>") for name, text in thoughts.items()}
+    message.update(thoughts)
+    said = {"".join(text.split()) for text in thoughts.values()}
+    inside, closed, _ = content_text(message.get("content")).rpartition("</think>")
+    if thoughts and closed:
+        said.add("".join(inside.replace("<think>", "").split()))
+        for name in thoughts:
+            del message[name]
+    if len(said) > 1:
+        raise UserError(f"{place} has several thoughts that differ; keep one.")
 
 
 def reasoning_of(message: Message) -> str | None:

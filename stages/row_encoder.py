@@ -89,6 +89,11 @@ def find_kind(rows: Rows, options: CorpusOptions) -> Kind:
     # What follows the first column, or prompt and completion, may be missing from some files.
     rows.require(kinds[0].columns[: 2 if kinds[0].name == "completion" else 1])
     if kinds[0].name == "tokens":
+        if unknown := [name for name in there if name in given_masks.NOT_SUPPORTED]:
+            raise UserError(
+                f"The column '{unknown[0]}' of {rows.origin.source} may say which ids have a loss, and is not read; "
+                "give labels, completion_mask or loss_mask in its place, or remove the column."
+            )
         return kinds[0]  # Ids say themselves where they end.
     beside_text = (name for name in endings.COLUMNS if name in there and name not in kinds[0].columns)
     return replace(kinds[0], endings=tuple(beside_text))
@@ -116,7 +121,7 @@ class RowEncoder:
         try:
             columns = decode_columns(batch, names, self.encoded, self.features)
             cut = [endings.was_cut(values) for values in self._endings(batch, len(indices))]
-            rows = self._encode(indices, dict(zip(names, columns, strict=True)))
+            rows = self._encode(indices, dict(zip(names, columns, strict=True)), cut)
             if self.options.head is not None:
                 longest = self.options.max_length if self.options.overlong == "cut" else None
                 refuse_beyond_head(
@@ -139,26 +144,24 @@ class RowEncoder:
         return zip(*decode_columns(batch, self.kind.endings, self.encoded, self.features), strict=True)
 
     def _without_end(self, row: EncodedRow) -> EncodedRow:
-        """A row whose text was cut: no end token where it breaks off, in a chat none with a loss."""
+        """A row whose text was cut: no end token where it breaks off. A chat was rendered without one."""
         if row is None:
             return None
         if isinstance(row, list):
-            last = row[-1]
-            mask = endings.without_end(last.ids, last.mask, self.tokenizer, self.options.end_ids)
-            return [*row[:-1], last._replace(mask=mask, unfinished=True)]
+            return [*row[:-1], row[-1]._replace(unfinished=True)]
         ids, mask = endings.without_last_end(row.ids, row.mask, self.tokenizer.eos_token_id)
         return row._replace(ids=ids, mask=mask, unfinished=True)
 
-    def _encode(self, indices: list[int], cells: Cells) -> list[EncodedRow]:
+    def _encode(self, indices: list[int], cells: Cells, cut: list[bool]) -> list[EncodedRow]:
         encode: Any = {
             "text": self._texts,
             "completion": self._completions,
             "messages": self._chats,
             "tokens": self._tokens,
         }[self.kind.name]
-        return encode(indices, cells)
+        return encode(indices, cells, cut)
 
-    def _texts(self, indices: list[int], cells: Cells) -> list[Encoded | None]:
+    def _texts(self, indices: list[int], cells: Cells, cut: list[bool]) -> list[Encoded | None]:
         """Plain text: every position is trained."""
         values = cells[self.kind.columns[0]]
         texts = [self._text(value, row, 0) for value, row in zip(values, indices, strict=True)]
@@ -166,9 +169,9 @@ class RowEncoder:
         encoded = iter(self._marked(full, [[(0, len(text))] for text in full]))
         return [next(encoded) if text.strip() else None for text in texts]
 
-    def _completions(self, indices: list[int], cells: Cells) -> list[EncodedRow]:
+    def _completions(self, indices: list[int], cells: Cells, cut: list[bool]) -> list[EncodedRow]:
         """Encode prompts and completions; a row where one of them is a list of messages is a chat."""
-        from stages.messages import read_completion
+        from stages.messages import is_chat_text, read_completion
 
         prompts, completions = (cells[name] for name in self.kind.columns[:2])
         results: list[EncodedRow] = [None] * len(indices)
@@ -177,22 +180,32 @@ class RowEncoder:
         places: list[int] = []
         chats: dict[int, Chat] = {}
         for at, (prompt, completion, row) in enumerate(zip(prompts, completions, indices, strict=True)):
-            if isinstance(prompt, list):
-                if prompt and completion:
+            if isinstance(prompt, list) or (is_chat_text(prompt) and is_chat_text(completion)):
+                if completion:
                     chats[at] = read_completion(prompt, completion, self.origin.where(row))
                 continue
             prompt, completion = self._text(prompt, row, 0), self._text(completion, row, 1)
             if completion.strip():
+                self._refuse_beside_text(cells, at, row)
                 texts.append(prompt + completion)
                 spans.append([(len(prompt), len(prompt) + len(completion))])
                 places.append(at)
         for at, encoded in zip(places, self._marked(texts, spans), strict=True):
             results[at] = encoded._replace(mask=endings.until_stop(encoded.ids, encoded.mask, self._stops))
-        for at, sequences in self._rendered(chats, indices, cells).items():
+        for at, sequences in self._rendered(chats, indices, cells, cut).items():
             results[at] = sequences
         return results
 
-    def _chats(self, indices: list[int], cells: Cells) -> list[list[Encoded] | None]:
+    def _refuse_beside_text(self, cells: Cells, at: int, row: int) -> None:
+        """Raise UserError for tools or a system prompt beside a prompt that is text: no template would render them."""
+        for name in self.kind.columns[2:]:
+            if cells[name][at] not in (None, "", [], "[]"):
+                raise UserError(
+                    f"The column '{name}' of {self.origin.where(row)} stands beside a prompt that is text, which no "
+                    "chat template renders; put it into the prompt, give the prompt as messages, or remove the column."
+                )
+
+    def _chats(self, indices: list[int], cells: Cells, cut: list[bool]) -> list[list[Encoded] | None]:
         from stages.messages import read_chat
 
         values = cells[self.kind.columns[0]]
@@ -201,10 +214,12 @@ class RowEncoder:
             for at, (value, row) in enumerate(zip(values, indices, strict=True))
             if value is not None and value != [] and value != ""
         }
-        rendered = self._rendered(chats, indices, cells)
+        rendered = self._rendered(chats, indices, cells, cut)
         return [rendered.get(at) for at in range(len(indices))]
 
-    def _rendered(self, chats: Mapping[int, Chat], indices: list[int], cells: Cells) -> dict[int, list[Encoded]]:
+    def _rendered(
+        self, chats: Mapping[int, Chat], indices: list[int], cells: Cells, cut: list[bool]
+    ) -> dict[int, list[Encoded]]:
         """Render and encode chats by their place in the batch; tools and system prompt may stand beside them."""
         from stages.messages import read_tools, with_system
 
@@ -214,14 +229,14 @@ class RowEncoder:
             tools = read_tools(cells[self.kind.tools][at], where) if self.kind.tools else None
             if "system" in cells:
                 chat = with_system(chat, cells["system"][at], where)
-            pieces += [(at, sequence) for sequence in self.renderer.render(chat, where, tools)]
+            pieces += [(at, sequence) for sequence in self.renderer.render(chat, where, tools, unfinished=cut[at])]
         found: dict[int, list[Encoded]] = {at: [] for at in chats}
         encoded = self.renderer.encode([sequence for _, sequence in pieces])
         for (at, sequence), (ids, marks) in zip(pieces, encoded, strict=True):
             found[at].append(Encoded(ids, marks[1:], sequence.without_end, sequence.open_thoughts))
         return found
 
-    def _tokens(self, indices: list[int], cells: Cells) -> list[Encoded | None]:
+    def _tokens(self, indices: list[int], cells: Cells, cut: list[bool]) -> list[Encoded | None]:
         masks = {name: values for name, values in cells.items() if name in given_masks.COLUMNS}
         results: list[Encoded | None] = []
         for at, (value, row) in enumerate(zip(cells["input_ids"], indices, strict=True)):

@@ -51,7 +51,14 @@ def is_in(piece: str, text: str) -> bool:
     return any(squeezed(form) in text for form in written)
 
 
-def not_rendered(what: str, place: str) -> UserError:
+def thought_of(content: str) -> str:
+    """Return the finished thought of a content, without its tags."""
+    return _THINK_TAGS.sub("", content.rpartition("</think>")[0])
+
+
+def not_rendered(what: str, place: str, tools: object = True) -> UserError:
+    """Return the error for a part that is not in the rendered chat. tools: None where the row has none."""
+    hint = "give the row its tools, " if tools is None else ""
     return UserError(
-        f"The chat template does not render {what} of {place}; use a chat template that does, or remove the row."
+        f"The chat template does not render {what} of {place}; {hint}use a chat template that does, or remove the row."
     )

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from stages.corpus import CorpusOptions, build_corpus
-from stages.endings import was_cut, without_end
+from stages.endings import was_cut
 from tests.conftest import Finished, Tiny
 
 END = "<|endoftext|>"
@@ -84,20 +83,7 @@ def test_only_the_last_turn_of_a_chat_was_cut(trained: Callable[..., list[tuple[
     found = trained({"messages": chat, "finish_reason": "length"}, turns=turns)
     expected = {"all": ["one" + END + "two"], "last": ["two"], "each": ["one" + END, "two"]}[turns]
     assert [marked for _, marked in found] == expected
-    assert found[-1][0].endswith(f"two{END}\n")
-
-
-def test_white_space_after_the_end_goes_with_it(tokenizer: Any) -> None:
-    """Where a template's own marks take in the line end after the end of turn."""
-    ids = np.array(tokenizer(f"a b{END}\n\n")["input_ids"])
-    mask = np.ones(len(ids) - 1, bool)
-    left = without_end(ids, mask, tokenizer)
-    assert tokenizer.decode(ids[1:][left]) == " b"
-    assert mask.all(), "the mask that was given stays"
-    # White space that ends an answer without an end token was drawn.
-    ids = np.array(tokenizer("a b\n")["input_ids"])
-    assert without_end(ids, np.ones(len(ids) - 1, bool), tokenizer).all()
-    assert not without_end(ids, np.zeros(len(ids) - 1, bool), tokenizer).any()
+    assert found[-1][0].endswith("<assistant>two")
 
 
 @pytest.mark.parametrize("length", range(2, 9))

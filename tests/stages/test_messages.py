@@ -125,7 +125,7 @@ def test_nulls_of_json_stay_in_arguments_and_tools():
         (assistant(None, tool_calls=[{"arguments": "{}"}]), "a tool call without the name of a function"),
         (assistant(None, tool_calls=["{"]), "has text that is not JSON"),
         (assistant(None, tool_calls=[{"name": "f", "arguments": [1]}]), "whose arguments are a list"),
-        (assistant(reasoning="a", thinking="b"), "several fields of reasoning that differ"),
+        (assistant(reasoning="a", thinking="b"), "several thoughts that differ"),
         (assistant(reasoning=["a"]), "has a field 'reasoning' that is a list"),
         (assistant(None), "has no content"),
     ],
