@@ -272,7 +272,7 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions, e
         lengths.append(own.astype(np.int32))
         trained += int(np.count_nonzero(mask))
         unfinished += batch["unfinished"].true_count
-        if end is not None and len(own) and kind.name in ("text", "completion"):
+        if options.append_eos and end is not None and len(own) and kind.name in ("text", "completion"):
             ended += int(np.count_nonzero((ids[np.cumsum(own) - 1] == end) & mask[np.cumsum(own - 1) - 1]))
         fingerprint.add(own, ids, mask)
     sequences = int(counts[KEPT])

@@ -43,15 +43,18 @@ def encode_spans(
     spans: Sequence[Sequence[Span]],
     *,
     add_special_tokens: bool,
+    ending: bool = True,
     limit: int | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text: token ids int32 [L], and bool [L], True for tokens with a character in one of its spans.
 
+    `ending`: False leaves out the special tokens that the tokenizer adds after a text.
     `limit`: ids of a text that are wanted; of a long one no more are computed, and at least these are right.
     Special tokens that the tokenizer adds at the end are marked when the token before them is. It adds none where the
     text begins, or ends, with the same ones already.
     """
     lead, trail = _added(tokenizer, texts) if add_special_tokens else ([], [])
+    trail = trail if ending else []
     parts = _fast(tokenizer, texts, limit) if tokenizer.is_fast else _slow(tokenizer, texts, spans, limit)
     results = []
     special = _special_ids(tokenizer)

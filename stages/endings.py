@@ -6,10 +6,12 @@ in the middle of an answer. `generate` and the vendors' APIs say so in a column 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from storage.errors import UserError
 
 # The columns that are read where they are there.
 COLUMNS = ("finish_reason", "stop_reason", "truncated")
@@ -23,12 +25,30 @@ _CUT = frozenset(
 )
 
 
-def was_cut(values: Iterable[Any]) -> bool:
-    """Return True if one of the values of COLUMNS in a row says that its text was cut: a word of _CUT, or true."""
-    return any(
-        value is True or (isinstance(value, str) and value.strip().lower().replace("-", "_").replace(" ", "_") in _CUT)
-        for value in values
-    )
+# What a column `truncated` says, in lower case.
+_TRUE, _FALSE = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no", "", "none", "null"})
+
+
+def was_cut(said: Mapping[str, Any], where: str = "the row") -> bool:
+    """Return True if one of the columns COLUMNS of a row says that its text was cut.
+
+    Raises UserError for a column `truncated` that says neither yes nor no.
+    """
+    return any(_truncated(value, where) if name == "truncated" else _is_limit(value) for name, value in said.items())
+
+
+def _truncated(value: Any, where: str) -> bool:
+    word = str(int(value) if isinstance(value, (bool, float)) and value in (0, 1) else value).strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise UserError(f"The column 'truncated' of {where} is {str(value)[:40]!r}; give true or false.")
+    return word in _TRUE
+
+
+def _is_limit(value: Any) -> bool:
+    """Return True for a word of _CUT; enumerations may be written with their name before it."""
+    if not isinstance(value, str):
+        return value is True
+    return value.strip().lower().rpartition(".")[2].replace("-", "_").replace(" ", "_") in _CUT
 
 
 def ends(ids: np.ndarray, stops: frozenset[int], tokenizer: Any) -> bool:

@@ -120,7 +120,10 @@ class RowEncoder:
         names = self.kind.columns
         try:
             columns = decode_columns(batch, names, self.encoded, self.features)
-            cut = [endings.was_cut(values) for values in self._endings(batch, len(indices))]
+            cut = [
+                endings.was_cut(dict(zip(self.kind.endings, values, strict=True)), self.origin.where(row))
+                for values, row in zip(self._endings(batch, len(indices)), indices, strict=True)
+            ]
             rows = self._encode(indices, dict(zip(names, columns, strict=True)), cut)
             if self.options.head is not None:
                 longest = self.options.max_length if self.options.overlong == "cut" else None
@@ -185,6 +188,8 @@ class RowEncoder:
                     chats[at] = read_completion(prompt, completion, self.origin.where(row))
                 continue
             prompt, completion = self._text(prompt, row, 0), self._text(completion, row, 1)
+            if self.tokenizer.bos_token:  # a beginning in the middle would get a loss
+                completion = completion.removeprefix(str(self.tokenizer.bos_token))
             if completion.strip():
                 self._refuse_beside_text(cells, at, row)
                 texts.append(prompt + completion)
@@ -278,7 +283,10 @@ class RowEncoder:
     def _marked(self, texts: list[str], spans: list[list[Span]]) -> list[Encoded]:
         """Ids of texts, and masks: position t is trained when token t+1 has a character in a span, or is the eos."""
         limit = self.options.max_length + 1 if self.options.overlong == "cut" else None
-        encoded = encode_spans(self.tokenizer, texts, spans, add_special_tokens=True, limit=limit) if texts else []
+        if not texts:
+            return []
+        ending = self.options.append_eos
+        encoded = encode_spans(self.tokenizer, texts, spans, add_special_tokens=True, ending=ending, limit=limit)
         return [self._with_eos(ids, marks) for ids, marks in encoded]
 
     @property

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from stages.corpus import CorpusOptions, build_corpus
 from stages.endings import was_cut
+from storage.errors import UserError
 from tests.conftest import Finished, Tiny
 
 END = "<|endoftext|>"
@@ -42,20 +43,31 @@ def trained(tokenizer: Any, tmp_path: Path) -> Callable[..., list[tuple[str, str
 @pytest.mark.parametrize(
     ("row", "cut"),
     [
-        (["length"], True),
-        (["max_tokens"], True),
-        (["MAX_TOKENS"], True),
-        (["content-filter"], True),
-        ([None, True], True),
-        (["stop"], False),
-        (["end_turn"], False),
-        ([None], False),
-        ([0, "False"], False),
-        ([], False),
+        ({"finish_reason": "length"}, True),
+        ({"stop_reason": "max_tokens"}, True),
+        ({"finish_reason": "MAX_TOKENS"}, True),
+        ({"finish_reason": "FinishReason.MAX_TOKENS"}, True),
+        ({"finish_reason": "content-filter"}, True),
+        ({"finish_reason": None, "truncated": True}, True),
+        ({"truncated": "True"}, True),
+        ({"truncated": 1}, True),
+        ({"truncated": 1.0}, True),
+        ({"finish_reason": "stop"}, False),
+        ({"finish_reason": "end_turn"}, False),
+        ({"finish_reason": None}, False),
+        ({"truncated": 0}, False),
+        ({"truncated": "False"}, False),
+        ({"truncated": None}, False),
+        ({}, False),
     ],
 )
-def test_what_says_that_a_text_was_cut(row: list[Any], cut: bool) -> None:
+def test_what_says_that_a_text_was_cut(row: dict[str, Any], cut: bool) -> None:
     assert was_cut(row) == cut
+
+
+def test_a_word_that_is_neither_yes_nor_no_is_refused() -> None:
+    with pytest.raises(UserError, match="The column 'truncated' of row 3 is 'maybe'; give true or false"):
+        was_cut({"truncated": "maybe"}, "row 3")
 
 
 def test_completions(trained: Callable[..., list[tuple[str, str]]]) -> None:
@@ -129,3 +141,19 @@ def test_chats_that_were_rendered_before_get_no_second_end(
     ]
     texts = trained({"text": "yes" + END + "\n"}, {"text": "yes\nc"}, {"text": "c yes"}, end_ids=(stop,))
     assert [whole for whole, _ in texts] == ["yes" + END + "\n", "yes\nc", "c yes" + END]
+
+
+def test_no_end_is_added_where_none_is_wanted(tokenizer: Any, tmp_path: Path) -> None:
+    """Also by a tokenizer that adds one itself; and no beginning in the middle."""
+    from tokenizers import processors
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    special = [("<s>", tokenizer.convert_tokens_to_ids("<s>")), (END, tokenizer.convert_tokens_to_ids(END))]
+    single = processors.TemplateProcessing(single=f"<s> $A {END}", pair=f"<s> $A $B {END}", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = single
+    for row in ({"text": "ask yes"}, {"prompt": "ask", "completion": "<s> yes"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        for append, whole in ((True, f"<s>ask yes{END}"), (False, "<s>ask yes")):
+            corpus = build_corpus(str(tmp_path / "rows.jsonl"), tokenizer, CorpusOptions(append_eos=append))
+            assert tokenizer.decode(corpus.read(0, 1)[0].input_ids) == whole
+            assert corpus.report.ended == append
