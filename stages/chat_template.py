@@ -27,6 +27,8 @@ _CLOCK = re.compile(r"\bstrftime_now\b")
 _DIRECTIVE = re.compile(r"['\"](/\w+)['\"]")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 THINK, CLOSE_THINK = "<think>", "</think>"
+# A field of messages with tool calls, which no template reads: a thought to put before the rendered call.
+FOLDED = "folded_thought"
 # Texts that no template writes by itself.
 _USER, _ASSISTANT, _NEXT, _THOUGHT = "qvzuserqvz", "qvzanswerqvz", "qvznextqvz", "qvzthoughtqvz"
 _CALL, _KEY, _VALUE = "qvzcall", "qvzkey", "qvzv"
@@ -93,9 +95,11 @@ class ChatTemplate:
         try:
             return self.tokenizer.get_chat_template(tools=tools)
         except ValueError as error:
+            own = getattr(self.tokenizer, "chat_template", None)
+            has = f"has the chat templates {', '.join(own)} and none named default" if own else "has no chat template"
             raise UserError(
-                f"The tokenizer has no chat template, so the chat in {where} cannot be rendered; use the tokenizer of "
-                "a chat model, give a chat template, or supply prompt and completion columns."
+                f"The tokenizer {has}, so the chat in {where} cannot be rendered; use the tokenizer of a chat model, "
+                "give a chat template, or supply prompt and completion columns."
             ) from error
 
     def marks_generation(self, tools: Tools) -> bool:
@@ -149,6 +153,7 @@ class ChatTemplate:
         content = message.get("content")
         if message.get("tool_calls"):
             message["tool_calls"] = [_adapted_call(call, habits, place) for call in message["tool_calls"]]
+            content = _without_thought(message, habits)
             if not content_text(content):
                 content = habits.call_content
         elif content is None:
@@ -353,13 +358,32 @@ def _adapted_call(call: dict[str, Any], habits: Habits, place: str) -> dict[str,
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
+def _without_thought(message: Message, habits: Habits) -> Any:
+    """Return the content of a message with tool calls; its thought goes to FOLDED where the template shows none there.
+
+    Templates whose prompt opens a thought render either a content or a call.
+    """
+    content = content_text(message.get("content"))
+    thought, closed, answer = content.rpartition(CLOSE_THINK)
+    if habits.reasoning or not habits.opens_thinking or answer.strip():
+        return message.get("content")
+    reasoning = reasoning_of(message)
+    if closed:
+        message[FOLDED] = thought + CLOSE_THINK + answer
+    elif reasoning is not None:
+        message[FOLDED] = f"{THINK}\n{reasoning.strip()}\n{CLOSE_THINK}\n\n"
+        for name in REASONING_FIELDS:
+            message.pop(name, None)
+    return "" if FOLDED in message else message.get("content")
+
+
 def _with_reasoning(message: Message, habits: Habits) -> Message:
     """Return the message with its reasoning in the field that the template reads, or before its text."""
     reasoning = reasoning_of(message)
     if reasoning is None:
         return message
     given = next(name for name in REASONING_FIELDS if message.get(name))
-    if not habits.reasoning and habits.opens_thinking and not message.get("tool_calls"):
+    if not habits.reasoning and habits.opens_thinking:
         text = content_text(message["content"])
         message["content"] = habits.content(f"{THINK}\n{reasoning.strip()}\n{CLOSE_THINK}\n\n{text}")
         return {key: value for key, value in message.items() if key not in REASONING_FIELDS}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from stages.chat_template import (
     CLOSE_THINK,
+    FOLDED,
     THINK,
     ChatTemplate,
     Span,
@@ -104,8 +105,9 @@ class TurnFinder:
         before = self.before(messages, number, tools, whole)
         by_prompt = not whole.startswith(before)
         start = self._start(messages, tools, whole, before) if by_prompt else len(before)
-        content = content_text(messages[number].get("content"))
-        stripped = None if gaps is None else (number, "thought") in gaps
+        folded = messages[number].get(FOLDED, "")
+        content = folded + content_text(messages[number].get("content"))
+        stripped = True if folded else None if gaps is None else (number, "thought") in gaps
         rest = _with_thought(content, before, whole[start:], stripped)
         restored = rest != whole[start:]
         if unfinished and not messages[number].get("tool_calls"):

@@ -175,6 +175,22 @@ def test_harmony_thinks_around_a_tool():
     assert trained("harmony", chat, "last") == [right]
 
 
+@pytest.mark.parametrize("thought", [{"reasoning_content": "look"}, {"content": "<think>\nlook\n</think>\n\n"}])
+@pytest.mark.parametrize(("family", "end"), [("r1-distill", "<｜end▁of▁sentence｜>"), ("qwq", "<|im_end|>")])
+def test_a_thought_before_a_call(family, end, thought):
+    (text,) = trained(family, [user(), call(**thought)])
+    assert text.startswith("look\n</think>\n\n") and "weather" in text and text.endswith(end)
+    # Earlier thoughts are stripped, as the template strips those of answers.
+    assert "look" not in trained(family, [user(), call(**thought), SUNNY, answer("ok")], "last")[0]
+
+
+def test_a_dict_of_templates_without_a_default():
+    tokenizer = make_tokenizer(FAMILIES["chatml"])
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(UserError, match="has the chat templates rag and none named default"):
+        ChatRenderer(tokenizer).render(read_chat([user(), answer()], "row 7"), "row 7")
+
+
 def test_roles_that_a_template_only_mentions_are_mapped():
     told = FAMILIES["hermes3"].template
     assert trained("hermes3", [user(), call(), {"role": "function", "content": "sunny"}, answer("ok")], "last")
