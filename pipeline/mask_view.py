@@ -114,7 +114,7 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _same(one: str, other: str) -> int:
-    """How many characters the two begin with alike."""
+    """Return the number of characters that the two begin with alike."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

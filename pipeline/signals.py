@@ -28,7 +28,7 @@ _AGAIN_SECONDS = 0.1
 
 @dataclass
 class Stop:
-    """Whether a signal has come, `number`, and when, by time.monotonic.
+    """Holds the `number` of a signal that has come, and the moment, by time.monotonic.
 
     reported: it reached the end of the command. lost: a library has swallowed it, and it is on its way again.
     """

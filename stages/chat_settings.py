@@ -1,4 +1,4 @@
-"""How a chat template is used: a file in its place, its variables, and the time that it is told.
+"""Settings of the chat template: a file in its place, its variables, and the time that it is told.
 
 Templates may write today's date. A cache is resumed only if its corpus is the same, so the moment is fixed when the
 cache is begun and stands in its manifest: a template is told that moment from then on.

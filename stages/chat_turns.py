@@ -1,4 +1,4 @@
-"""Where an assistant turn begins and ends in a rendered chat.
+"""Find the begin and the end of an assistant turn in a rendered chat.
 
 A turn begins where the generation prompt ends, which rendering the messages before it shows, and its loss ends with the
 first token that stops the teacher. Where a finished turn does not continue its generation prompt (the prompt opens a

@@ -1,4 +1,4 @@
-"""How far a long reading or tokenising is: a bar on a terminal, plain lines of a fixed form elsewhere."""
+"""Report the progress of a long reading or tokenising: a bar on a terminal, plain lines of a fixed form elsewhere."""
 
 from __future__ import annotations
 

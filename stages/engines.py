@@ -159,7 +159,7 @@ def _server(
 
 
 def _serving(options: EngineOptions) -> Serving:
-    """How vLLM serves the teacher. Reads its configuration again, which is at hand by now."""
+    """Return the serving settings of the teacher. Reads its configuration again, which is at hand by now."""
     from stages.pretrained import load_config
     from stages.serve_command import Serving
 
@@ -230,7 +230,7 @@ def top_n_of(cache: Place) -> int | None:
 
 
 def _scoring_there(cache: Place) -> dict[str, Any]:
-    """What the manifest in this directory says of the scoring; nothing where it cannot be read."""
+    """Return the scoring of the manifest in this directory; nothing where it cannot be read."""
     try:
         found = json.loads((cache / "manifest.json").read_bytes())["scoring"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

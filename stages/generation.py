@@ -78,7 +78,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Generated:
-    """How many completions the output holds, and how many of them were cut at the limit of new tokens."""
+    """Counts the completions that the output holds, and those of them that were cut at the limit of new tokens."""
 
     completions: int
     cut: int
@@ -195,7 +195,7 @@ def run(prepared: PreparedGeneration, progress: Callable[[int], None]) -> Genera
 
 
 def own_sampling(options: GenerateOptions) -> dict[str, Any]:
-    """How the model's generation_config samples, which `generate` leaves aside; empty where it does not say."""
+    """Return the sampling of the model's generation_config, which `generate` leaves aside; empty where it has none."""
     from transformers import GenerationConfig
 
     try:

@@ -29,7 +29,7 @@ _LONGEST_WAIT = 30.0  # seconds between two tries
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to wait for the server. Seconds; `attempts` per request, the first one included."""
+    """Limits the waiting for the server. Seconds; `attempts` per request, the first one included."""
 
     attempts: int = 6
     timeout: float = 600.0  # of one answer
@@ -198,7 +198,7 @@ def _split(url: str) -> SplitResult:
 
 
 def message_of(body: bytes) -> str:
-    """What an error answer says, in one short line."""
+    """Return the text of an error answer, in one short line."""
     text = body.decode("utf-8", "replace")
     try:
         answer = json.loads(text)

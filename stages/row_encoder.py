@@ -34,7 +34,7 @@ Cells = Mapping[str, list[Any]]  # a batch of rows by column
 
 @dataclass(frozen=True)
 class Kind:
-    """What the rows are: `name` is text, completion, messages or tokens; `columns` are read in this order.
+    """Names the form of the rows: `name` is text, completion, messages or tokens; `columns` are read in this order.
 
     endings: columns that say whether the text of a row was cut when it was written.
     """

@@ -1,4 +1,4 @@
-"""What a message says, piece by piece, and whether a rendered text holds a piece."""
+"""Take a message apart, and look for its pieces in a rendered text."""
 
 from __future__ import annotations
 

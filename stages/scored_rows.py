@@ -1,4 +1,4 @@
-"""What a teacher gave for the sequences of a shard, as the rows that are written, and whether it can be true.
+"""Turn the answers of a teacher into the rows of a shard, and refuse answers that cannot be true.
 
 The rows are held against the checks that every reader of a cache makes, before anything is written: an engine that
 answers something else, raw logits say, would cost the whole run otherwise.
@@ -39,7 +39,7 @@ def refuse_impossible(rows: Rows, manifest: Manifest, index: int) -> None:
 
 
 def likely_cause(engine: str) -> str:
-    """What to look at where this engine, by its name in the manifest, gave numbers that cannot be."""
+    """Return the likely cause of impossible numbers of this engine, by its name in the manifest."""
     return _CAUSES.get(engine, _OTHER_CAUSE)
 
 
@@ -111,7 +111,7 @@ def _picked(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def _counts(kept: np.ndarray) -> np.ndarray:
-    """How many entries each position keeps."""
+    """Return the number of entries that each position keeps."""
     return np.full(len(kept), kept.shape[1]) if kept.all() else kept.sum(1)
 
 

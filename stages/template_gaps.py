@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a chat, found by rendering the chat with unmistakable words in place of its own.
+"""Find the parts of a chat that a chat template leaves out, by rendering unmistakable words in their place.
 
 A content may stand in a rendered chat by chance, as a part of another one, so looking for the content itself proves
 little. A word that nobody writes proves that the template renders the place where it stands. Chats of one shape have

@@ -129,7 +129,7 @@ def scored_from_json(
 
 
 class _Unlike(ValueError):
-    """What is wrong with a position."""
+    """Return the problem of a position."""
 
 
 def _of_position(

@@ -1,4 +1,4 @@
-"""Whether something can be made at a local path: answered before the work that is meant for it."""
+"""Check that something can be made at a local path, before the work that is meant for it."""
 
 from __future__ import annotations
 
