@@ -136,10 +136,12 @@ class Audit:
 
 
 def prepare(options: AuditOptions) -> PreparedAudit:
-    """Draw the sample and choose the engine. Raises UserError or CacheError; reads the manifest and no shard."""
+    """Draw the sample and choose the engine. Raises UserError or CacheError; reads no shard."""
     if options.sequences is not None and options.share is not None:
         raise UserError("--sequences and --share say the same thing in two ways; give one of them")
     cache = Cache.open(options.cache)
+    # Before a teacher is loaded: where some are missing, the cache is unfinished.
+    cache.receipts(partial=True)
     manifest, engine = cache.manifest, options.engine
     source: dict[str, Any] = {"revision": engine.revision, "trust_remote_code": engine.trust_remote_code}
     config = load_config(engine.teacher, **source)

@@ -41,6 +41,7 @@ from stages.teacher_checks import (
     context_length,
     engine_length,
     rope_of_vllm,
+    stated_context,
 )
 from storage.cache import SHARDS, SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
@@ -539,7 +540,7 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
 def _max_length(options: CacheOptions, config: PretrainedConfig) -> int:
     context = context_length(config)
     if options.max_length is None:
-        stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+        stated = stated_context(config)
         return min(DEFAULT_MAX_LENGTH, stated) if stated else DEFAULT_MAX_LENGTH
     if context and options.max_length > context:
         raise UserError(f"--max-length {options.max_length}: the teacher reads at most {context} tokens")

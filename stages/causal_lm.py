@@ -102,11 +102,21 @@ class BodyAndHead:
 
     @torch.no_grad()
     def check(self, model: PreTrainedModel, vocabulary_size: int) -> None:
-        """Raises UserError unless body and head together say what the whole model says on a few tokens."""
+        """Raise UserError unless body and head together say what the whole model says on a few tokens."""
         device = next(model.parameters()).device
         ids = (torch.arange(8, device=device)[None] * 7919) % vocabulary_size
-        whole = model(input_ids=ids, use_cache=False).logits[0].float()
-        cut = self.head(self.body(ids)[0]).float()
+        try:
+            whole = model(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = self.body(ids)[0]
+            cut = self.head(hidden).float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - models raise what they like, of inputs they miss or of dtypes
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+            raise UserError(
+                f"{type(model).__name__} does not score a few token ids on this engine ({reason}); score it in "
+                "float32, or with --engine vllm"
+            ) from None
         half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
         tolerance = (5e-2 if half else 1e-4) * max(1.0, whole.abs().max().item())
         if cut.shape != whole.shape or (cut - whole).abs().max().item() > tolerance:
@@ -114,7 +124,9 @@ class BodyAndHead:
                 f"{type(model).__name__} computes its logits in a way this engine does not follow; use --engine vllm"
             )
         output = model.get_output_embeddings()
-        if type(output) is nn.Linear and output.weight.dtype == self._head_dtype:
+        # A model that projects its states before the output layer (Electra, RemBERT) may have wider or narrower ones.
+        alone = type(output) is nn.Linear and output.in_features == hidden.shape[-1]
+        if alone and output.weight.dtype == self._head_dtype:
             # Large, so that a cap or a scale cannot hide in rounding.
             probe = torch.linspace(-1e3, 1e3, 4 * output.in_features, device=device, dtype=self._head_dtype)
             probe = probe.view(1, 4, -1)

@@ -160,8 +160,10 @@ def _server(
 
 def _serving(options: EngineOptions) -> Serving:
     """Return the serving settings of the teacher. Reads its configuration again, which is at hand by now."""
+    from stages.identity import architecture_of
     from stages.pretrained import load_config
     from stages.serve_command import Serving
+    from stages.teacher_checks import stated_context
 
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.teacher, **source)
@@ -169,9 +171,9 @@ def _serving(options: EngineOptions) -> Serving:
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     return Serving(
         os.path.abspath(options.teacher) if os.path.isdir(options.teacher) else options.teacher,
-        (getattr(config, "architectures", None) or [type(config).__name__])[0],
+        architecture_of(config),
         dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
-        context=getattr(text, "max_position_embeddings", None),
+        context=stated_context(config),
         **source,
     )
 

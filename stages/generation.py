@@ -23,6 +23,7 @@ from stages.identity import teacher_identity
 from stages.messages import MESSAGE_COLUMNS, read_chat, read_tools, with_system
 from stages.pretrained import load_config, load_tokenizer
 from stages.sources import load_rows
+from stages.teacher_checks import stated_context
 from storage.errors import UserError
 from storage.files import sync_directory, write_json
 from storage.json_text import parse_json
@@ -134,7 +135,7 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     options.chat.prepare(tokenizer)
     moment = options.chat.moment(tokenizer, _time_begun(options))
     renderer = ChatRenderer(tokenizer, arguments=options.chat.values(), moment=moment)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = stated_context(config)
     max_length = options.max_length or context or 4096
     rows = load_rows(options.prompts, split=options.split, limit=options.limit)
     try:

@@ -11,7 +11,12 @@ from storage.errors import UserError
 
 ENDING = ".gguf"
 _WHOLE = (".safetensors", ".bin")
-_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
+
+
+def is_gguf(file: str) -> bool:
+    """Tell whether a file of this name is a GGUF file."""
+    return file.lower().endswith(ENDING)
 
 
 def gguf_of(name: str) -> Path | None:
@@ -22,13 +27,13 @@ def gguf_of(name: str) -> Path | None:
     path = Path(name)
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
-        found = [path / entry for entry in names if entry.endswith(ENDING)]
+        found = [path / entry for entry in names if is_gguf(entry)]
         if not found or any(entry.endswith(_WHOLE) for entry in names):
             return None
         if len(found) > 1:
             raise UserError(f"{name}: holds {len(found)} GGUF files; name one of them, such as {found[0]}")
         path = found[0]
-    elif not (path.name.endswith(ENDING) and path.is_file()):
+    elif not (is_gguf(path.name) and path.is_file()):
         return None
     if (part := _PART.search(path.name)) and int(part[1]) > 1:
         raise UserError(f"{path}: is a part of a split GGUF file, which transformers does not read; merge the parts")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.gguf_file import is_gguf
 from storage.errors import UserError
 from storage.manifest import TeacherIdentity, TokenizerIdentity
 
@@ -38,15 +39,23 @@ def teacher_identity(name: str, config: PretrainedConfig) -> TeacherIdentity:
     """The model behind `name`: its hub commit where it has one, its weights' fingerprint where they lie here."""
     plain = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     text = json.dumps(plain, sort_keys=True, default=str)
-    architectures = getattr(config, "architectures", None) or [type(config).__name__]
     path = Path(name)
     return TeacherIdentity(
         name=path.name if path.exists() else name,
         revision=getattr(config, "_commit_hash", None),
-        architecture=architectures[0],
+        architecture=architecture_of(config),
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         weights=weights_fingerprint(path) if path.exists() else None,
     )
+
+
+def architecture_of(config: PretrainedConfig) -> str:
+    """Return the name of the model class: as the configuration states it, or, of a GGUF file say, as it is loaded."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    stated = getattr(config, "architectures", None)
+    found = stated or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) or type(config).__name__
+    return str(found if isinstance(found, str) else found[0])
 
 
 def weights_fingerprint(model: Path) -> str:
@@ -59,7 +68,7 @@ def weights_fingerprint(model: Path) -> str:
     """
     digest = hashlib.sha256()
     entries = model.iterdir() if model.is_dir() else [model]
-    files = sorted(p for p in entries if p.name.endswith(_WEIGHT_ENDINGS))
+    files = sorted(p for p in entries if p.name.endswith(_WEIGHT_ENDINGS) or is_gguf(p.name))
     if not files:
         raise UserError(f"{model}: holds no weights ({', '.join(_WEIGHT_ENDINGS)})")
     for path in files:

@@ -148,6 +148,8 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 def _look_for(name: str, what: str) -> None:
     """A name that can only be a path is answered at once, and a hub's client is not sent into a dead line."""
+    if not name.strip():
+        raise UserError(f"the name of the model to load a {what} from is empty; give a directory or a hub name")
     if Path(name).exists():
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -79,7 +79,7 @@ def calibrate_head(
     like: a tensor of the dtype and on the device in which the head takes hidden states. collects: whether this process
     has the logits; one that has not takes part in the same calls with the same moments, and gets None. The head's
     matrix lies on the CPU meanwhile, 4 V H bytes. Raises UserError for a head that is not linear up to its cap,
-    RunError for hidden states that are not finite.
+    RunError for hidden states or logits that are not finite.
     """
     if not (moments.total.isfinite().all() and moments.second.isfinite().all()):
         raise RunError("the teacher gave hidden states that are not finite; try --dtype float32 or bfloat16")
@@ -101,6 +101,8 @@ def calibrate_head(
         return None
     if said is None or bias is None:
         raise RuntimeError("the rank that keeps the sketch has no logits")
+    if said.isnan().any():
+        raise RunError("the teacher gave logits that are not finite; try --dtype float32 or bfloat16")
     wanted = states.float().cpu() @ weight.T + bias
     if soft_cap is not None:
         wanted = soft_cap * torch.tanh(wanted / soft_cap)

@@ -16,18 +16,24 @@ if TYPE_CHECKING:
     from stages.corpus import Corpus
     from stages.engines import Choice, EngineOptions
     from stages.rows import Origin
-    from stages.teacher import Teacher
+    from stages.teacher import ScoredSequence, Teacher
 
 # Tasks by which transformers names classes without a head that predicts the next token.
 _OTHER_TASKS = re.compile(
     r"For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|"
     r"NextSentencePrediction|Seq2SeqLM|ImageClassification|RewardModel|TextEncoding)$"
 )
+# Decoders of transformers that have the switch `is_decoder` and do not obey it.
+_ALWAYS_DECODERS = ("gpt_neox", "gpt_neox_japanese", "trocr")
 # Ids of the two sequences by which a model is asked whether it looks ahead.
 _ASKED = 16
 # Largest difference in nats that rounding makes of the same prefix in two sequences of the same length.
 _TOLERANCE = {"float32": 1e-3}
 _TOLERANCE_HALF = 0.25
+# Nats; a tail of less mass may be nothing but rounding.
+_SMALLEST_TAIL = -7.0
+# Nats that stand for a probability of 0, so that two of them do not differ.
+_LOWEST = -1e4
 
 
 def check_kind(config: PretrainedConfig, name: str) -> None:
@@ -43,13 +49,46 @@ def check_kind(config: PretrainedConfig, name: str) -> None:
             f"{name}: its configuration names {named[0]}, which does not predict the next token from the ones before; "
             "a teacher must be a causal language model"
         )
+    if (switch := _reads_ahead(config)) is not None:
+        raise UserError(
+            f"{name}: its configuration ({config.model_type}) has {switch}, by which every token sees the tokens after "
+            "it; a teacher must be a causal language model"
+        )
+
+
+def _reads_ahead(config: PretrainedConfig) -> str | None:
+    """Return the field by which a configuration makes a model read in both directions; None where there is none."""
+    kind, text = type(config), config.get_text_config()
+    if any(getattr(each, "is_causal", True) is False for each in (config, text)):
+        return "is_causal false"
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return "use_bidirectional_attention"
+    # What the code that comes with a model does with the switches below, only its scores tell.
+    if not kind.__module__.startswith("transformers.") or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        return None
+    if getattr(kind, "causal", None) is False and not config.causal:
+        return "causal false"
+    if getattr(kind, "attn_type", None) == "bi" and config.attn_type == "bi":
+        return "attn_type bi"
+    # The decoder of an encoder-decoder model, loaded alone, sets the switch itself.
+    always = kind.is_encoder_decoder or config.model_type in _ALWAYS_DECODERS
+    if getattr(kind, "is_decoder", None) is False and not config.is_decoder and not always:
+        return "is_decoder false"
+    return None
+
+
+def stated_context(config: PretrainedConfig) -> int | None:
+    """Return the `max_position_embeddings` of a model's text part; None where it states none, or 0 or -1 for no end."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context if context is not None and context > 0 else None
 
 
 def context_length(config: PretrainedConfig) -> int | None:
     """Return how many tokens the model reads at most; None where its configuration does not say."""
-    text = config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    if not context:
+    context = stated_context(config)
+    if context is None:
         return None
     # `dynamic` rope stretches beyond the context that a configuration states, by as much as its factor.
     factors = [rope.get("factor") or 1 for rope in rope_parameters(config) if rope.get("rope_type") == "dynamic"]
@@ -75,7 +114,7 @@ def rope_of_vllm(config: PretrainedConfig, choice: Choice, options: EngineOption
     given = options.vllm_args.get("max_model_len"), getattr(choice.teacher, "served_length", None)
     own = max_length + choice.engine.endswith("prompt-logprobs")
     longest = max([own, *(int(str(length)) for length in given if str(length).isdigit())])
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = stated_context(config)
     for rope in rope_parameters(config):
         kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
         if kind == "longrope" and original and longest > original:
@@ -123,32 +162,30 @@ def refuse_beyond_head(
 
 
 def check_causal(teacher: Teacher, corpus: Corpus, name: str) -> None:
-    """Refuse a teacher that says of a token what depends on anything but the tokens before it. Raises UserError.
+    """Refuse a teacher that says of a token what depends on anything but the tokens before it.
 
     Two sequences that begin with the same ids are scored, and one of them again beside the longest of the corpus.
+    Raises UserError, and RunError where the scores are no numbers.
     """
     from stages.corpus import Sequence
+    from stages.teacher import refuse_non_finite
 
     longest = int(corpus.lengths.argmax())
     whole = corpus.read(longest, longest + 1)[0]
     length = min(_ASKED, len(whole.input_ids))
-    if length < 3:
-        return
-    first = whole.input_ids[:length].copy()
-    shared = max(2, length // 2)
-    second = first.copy()
-    second[shared:] = (first[shared:] + 1) % teacher.vocabulary_size
+    shared = length // 2
     mask = np.ones(length - 1, bool)
-    ours = Sequence(0, first, mask)
 
-    def difference(positions: int, *others: Sequence) -> np.ndarray:
-        one = teacher.score([ours], lambda tokens: None).sequences[0]
-        other = teacher.score(others, lambda tokens: None).sequences[0]
-        return np.abs(one.gold_logprob[:positions] - other.gold_logprob[:positions])
+    def score(*sequences: Sequence) -> ScoredSequence:
+        scored = teacher.score(sequences, lambda tokens: None).sequences[0]
+        refuse_non_finite(scored.sequence, scored.gold_logprob)
+        return scored
 
+    ours = score(Sequence(0, whole.input_ids[:length].copy(), mask))
+    other = score(Sequence(0, _continued_otherwise(ours, shared, teacher.vocabulary_size), mask))
     tolerance = _TOLERANCE.get(teacher.description.dtype, _TOLERANCE_HALF)
-    ahead = float(difference(shared - 1, Sequence(0, second, mask)).max())
-    if not ahead <= tolerance:
+    ahead = max(_difference_at(position, ours, other) for position in range(shared))
+    if ahead > tolerance:
         raise UserError(
             f"{name}: reads ahead: other tokens later in a sequence change the log-probabilities before them by "
             f"{ahead:.2g} nats; a teacher must be a causal language model"
@@ -157,12 +194,58 @@ def check_causal(teacher: Teacher, corpus: Corpus, name: str) -> None:
     if teacher.description.name != "transformers" or len(whole.input_ids) == length:
         return
     # The median, since rounding may send a token to another expert.
-    mates = float(np.median(difference(length - 1, ours, whole)))
-    if not mates <= tolerance:
+    mates = float(np.median(np.abs(ours.gold_logprob - score(ours.sequence, whole).gold_logprob)))
+    if mates > tolerance:
         raise UserError(
             f"{name}: a sequence's log-probabilities change by {mates:.2g} nats with the other sequences of its batch; "
             "lower --batch-tokens to 2, which scores each sequence alone"
         )
+
+
+def _continued_otherwise(scored: ScoredSequence, shared: int, vocabulary_size: int) -> np.ndarray:
+    """Return the ids of a sequence, int32 [L], with every id from number `shared` on replaced by another one.
+
+    The teacher expects the new ids, so what it said of each without seeing it is among its entries.
+    """
+    ids = scored.sequence.input_ids.copy()
+    for place in range(shared, len(ids)):
+        others = [id for id in scored.top_ids[place - 1].tolist() if id not in (-1, ids[place])]
+        ids[place] = others[0] if others else (ids[place] + 1) % vocabulary_size
+    return ids
+
+
+def _difference_at(position: int, one: ScoredSequence, other: ScoredSequence) -> float:
+    """Return by how many nats, at least, two distributions differ in any id that one of them keeps.
+
+    What is outside the top-N is compared as mass, where both keep the same ids: in nats, little of it is mostly
+    rounding.
+    """
+    pair = (one, other)
+    kept = [_entries_at(position, scored) for scored in pair]
+    tails = [float(scored.tail_logmass[position]) for scored in pair]
+    if any(np.isnan([*entries.values(), tail]).any() for entries, tail in zip(kept, tails, strict=True)):
+        return float("inf")
+    found = [abs(kept[0][id] - kept[1][id]) for id in kept[0].keys() & kept[1].keys()]
+    tops = [{id for id in scored.top_ids[position].tolist() if id >= 0} for scored in pair]
+    if tops[0] == tops[1]:
+        # The gold is in no tail, and not always in the top-N.
+        outside = [
+            np.exp(tail) + sum(np.exp(entries[id]) for id in entries.keys() - top)
+            for entries, tail, top in zip(kept, tails, tops, strict=True)
+        ]
+        found.append(abs(outside[0] - outside[1]))
+    for entries, missed, top, tail in ((kept[0], kept[1], tops[1], tails[1]), (kept[1], kept[0], tops[0], tails[0])):
+        # An id that the other left out has at most what its least entry has, and what its tail has.
+        most = min([max(tail, _SMALLEST_TAIL), *(missed[id] for id in top)])
+        found += [entries[id] - most for id in entries.keys() - missed.keys()]
+    return float(max(found))
+
+
+def _entries_at(position: int, scored: ScoredSequence) -> dict[int, float]:
+    """Return the log-probabilities, in nats, that a sequence keeps of a position, by id: of the top-N and the gold."""
+    ids = [int(scored.sequence.input_ids[position + 1]), *scored.top_ids[position].tolist()]
+    logprobs = np.maximum([scored.gold_logprob[position], *scored.top_logprobs[position]], _LOWEST)
+    return {id: logprob for id, logprob in zip(ids, logprobs.tolist(), strict=True) if id >= 0}
 
 
 def check_quantization(config: PretrainedConfig, name: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from stages.corpus import Sequence as TokenSequence
 from stages.statistics import StatisticsOptions, beyond_prefix
 from stages.teacher import ScoredSequence, refuse_non_finite
+from stages.teacher_checks import stated_context
 from storage.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def refuse_beyond_logprobs(options: StatisticsOptions, route: str) -> None:
 
 def engine_args(options: StatisticsOptions, config: PretrainedConfig, max_length: int) -> dict[str, Any]:
     """vLLM's `EngineArgs` for sequences of up to `max_length` ids; UserError where the model reads fewer."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = stated_context(config)
     if limit is not None and max_length > limit:
         raise UserError(f"the longest sequence has {max_length} ids, the model reads at most {limit}")
     return {

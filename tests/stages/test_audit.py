@@ -17,6 +17,7 @@ from stages.differences import Differences
 from stages.engines import EngineOptions
 from stages.teacher_transformers import TransformersTeacher
 from storage.cache import Cache
+from storage.errors import CacheError
 from storage.integrity import problems
 from storage.rows import Ragged, Rows
 from storage.transfer import copy_cache
@@ -198,6 +199,14 @@ def test_a_precision_that_the_manifest_does_not_name(
     assert "gold" in found.beyond and not found.identity_differences
     assert found.verdict.endswith("small and everywhere, as another precision or engine makes it")
     assert audited(cache.path, tiny.teacher, dtype="bfloat16").passes
+
+
+def test_an_unfinished_cache_is_refused_before_a_teacher_is_loaded(copied: Cache, tiny: Tiny) -> None:
+    for path in (copied.shard_path(0), copied.receipt_path(0)):
+        Path(str(path)).unlink()
+    options = audit.AuditOptions(str(copied.path), EngineOptions(str(tiny.teacher), "transformers"))
+    with pytest.raises(CacheError, match="unfinished, 1 of"):
+        audit.prepare(options)
 
 
 def test_the_sample_is_drawn_over_all_rows(cache_path: Path) -> None:

@@ -84,7 +84,8 @@ def test_a_gguf_file_is_a_teacher(
     from storage.cache import Cache
 
     (tmp_path / "models").mkdir()
-    file = tmp_path / "models" / "tiny.gguf"
+    # The ending is as good in capitals.
+    file = tmp_path / "models" / ("tiny.GGUF" if quantized else "tiny.gguf")
     write_gguf(file, tiny.teacher, quantized=quantized)
     given = ("--dataset", tiny.corpus, "--top-n", 8, "--processes", 1, "--limit", 8)
     # The file, the directory that holds nothing else, and the model that it was made from.
@@ -99,7 +100,8 @@ def test_a_gguf_file_is_a_teacher(
         error = np.abs(found[name]["gold_logprob"].values - found["hf"]["gold_logprob"].values).max()
         # 8 bits a weight: near, and not the same.
         assert (1e-4 < error < 0.5) if quantized else error < 1e-5
-    assert caches["file"].manifest.teacher.name == "tiny.gguf" and caches["folder"].manifest.teacher.name == "models"
+    assert {cache.manifest.teacher.architecture for cache in caches.values()} == {"LlamaForCausalLM"}
+    assert caches["file"].manifest.teacher.name == file.name and caches["folder"].manifest.teacher.name == "models"
     assert caches["file"].manifest.teacher.weights == caches["folder"].manifest.teacher.weights
     audit = pipeline("audit", tmp_path / "file", "--teacher", file, "--engine", "transformers")
     assert audit.code == 0 and "the cache is what this teacher says" in audit.out
@@ -236,6 +238,13 @@ def _model(name: str) -> Any:
         config = transformers.OPTConfig(
             **size, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=16, do_layer_norm_before=False
         )
+    elif name == "ElectraForCausalLM":
+        # Narrower embeddings, and so a projection between body and output layer.
+        size = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+        config = transformers.ElectraConfig(**size, embedding_size=16, is_decoder=True)
+    elif name == "RemBertForCausalLM":
+        size = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+        config = transformers.RemBertConfig(**size, input_embedding_size=16, output_embedding_size=24, is_decoder=True)
     else:
         config = transformers.BartConfig(
             vocab_size=97, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
@@ -259,6 +268,8 @@ def _model(name: str) -> Any:
         "Llama4ForConditionalGeneration",
         "OPTForCausalLM",
         "BartForCausalLM",
+        "ElectraForCausalLM",
+        "RemBertForCausalLM",
     ],
 )
 def test_a_teacher_scores_text_as_the_whole_model_does(name: str, tmp_path: Path) -> None:
@@ -276,6 +287,13 @@ def test_a_teacher_scores_text_as_the_whole_model_does(name: str, tmp_path: Path
         with torch.no_grad():
             logprobs = model(input_ids=ids[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
         np.testing.assert_allclose(scored.gold_logprob, logprobs.gather(1, ids[1:, None])[:, 0], atol=1e-5)
+
+
+def test_a_projection_in_half_precision_is_said(tmp_path: Path) -> None:
+    """The head is computed in float32, and what lies before it is not."""
+    _model("ElectraForCausalLM").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"ElectraForCausalLM does not score .*; score it in float32"):
+        TransformersTeacher(str(tmp_path), StatisticsOptions(4), dtype="bfloat16", device="cpu")
 
 
 def test_ids_beyond_the_head_are_no_crash(tiny: Tiny) -> None:

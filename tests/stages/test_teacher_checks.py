@@ -12,10 +12,21 @@ import numpy as np
 import pytest
 import torch
 
+from stages import teacher_checks
+from stages.corpus import Sequence
 from stages.distillation_forward import install_distillation
 from stages.engines import Choice, EngineOptions
-from stages.pretrained import load_tokenizer
-from stages.teacher_checks import check_quantization, context_length, engine_length, rope_of_vllm
+from stages.pretrained import load_causal_lm, load_tokenizer
+from stages.statistics import StatisticsOptions, row_statistics
+from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher
+from stages.teacher_checks import (
+    check_causal,
+    check_kind,
+    check_quantization,
+    context_length,
+    engine_length,
+    rope_of_vllm,
+)
 from stages.teacher_transformers import TransformersTeacher
 from storage.errors import UserError
 from tests.conftest import VOCABULARY, Finished, Tiny
@@ -165,16 +176,171 @@ def _bert(path: Path, tiny: Tiny, cls: str) -> None:
 def test_a_model_that_reads_both_directions_is_refused(
     tiny: Tiny, tmp_path: Path, pipeline: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(cls: str) -> str:
-        _bert(tmp_path / cls, tiny, cls)
-        ended = _cache(pipeline, tmp_path / cls, tiny.corpus, tmp_path / "cache")
+    _bert(tmp_path / "both", tiny, "both")
+    _bert(tmp_path / "masked", tiny, "masked")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"input_ids": [5, 9]}\n{"input_ids": [7, 4]}\n')
+
+    def refused(cls: str, corpus: Path) -> str:
+        ended = _cache(pipeline, tmp_path / cls, corpus, tmp_path / "cache")
         assert ended.code == 2 and not (tmp_path / "cache").exists()
         return ended.err.strip().splitlines()[-1]
 
-    assert "reads ahead" in refused("both")
+    with monkeypatch.context() as context:
+        # As where only a model's own code knows.
+        context.setattr(teacher_checks, "_reads_ahead", lambda config: None)
+        assert "reads ahead: other tokens later" in refused("both", tiny.corpus)
+        assert "reads ahead: other tokens later" in refused("both", pairs)
     monkeypatch.setattr(TransformersTeacher, "__init__", None)
     # The configuration tells, and no weight is read.
-    assert "names BertForMaskedLM" in refused("masked")
+    assert "has is_decoder false" in refused("both", tiny.corpus)
+    assert "names BertForMaskedLM" in refused("masked", tiny.corpus)
+
+
+# Of every model that transformers loads for causal language modelling, by the name of its field.
+_SIZES = {
+    "vocab_size": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 128,
+    **dict.fromkeys(("hidden_size", "d_model", "emb_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
+}  # fmt: skip
+
+
+def _looks_ahead(config: Any) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    first = torch.arange(3, 19)[None]
+    second = first.clone()
+    second[:, 8:] += 20
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(4)
+        one, other = (model(input_ids=ids).logits[0, :8] for ids in (first, second))
+    return float((one - other).abs().max()) > 0.01
+
+
+def test_every_configuration_that_makes_a_model_read_ahead_is_refused() -> None:
+    """Each switch of each kind of model, against what a model made by it does."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    # They run only where another field is set, and on lengths that this test does not have.
+    left_out = ("reformer", "xmod", "musicgen", "musicgen_melody")
+    names = {name: CONFIG_MAPPING[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in left_out}
+    switches: list[tuple[str, dict[str, Any]]] = [
+        (name, {"is_encoder_decoder": False, "is_decoder": is_decoder})
+        for name, kind in names.items()
+        if hasattr(kind, "is_decoder")
+        for is_decoder in (False, True)
+    ]
+    assert len(switches) > 40
+    switches += [("xlm", {"causal": False}), ("xlm", {"causal": True}), ("llama", {}), ("llama", {"is_causal": False})]
+    switches += [("gemma3_text", {"use_bidirectional_attention": value, "head_dim": 8}) for value in (False, True)]
+    seen = set()
+    for name, given in switches:
+        fields = CONFIG_MAPPING[name].__dataclass_fields__.keys() | CONFIG_MAPPING[name].attribute_map.keys()
+        config = AutoConfig.for_model(name, **{f: v for f, v in _SIZES.items() if f in fields}, **given)
+        try:
+            check_kind(config, name)
+            refused = False
+        except UserError:
+            refused = True
+        assert refused == _looks_ahead(config), (name, given)
+        seen.add(refused)
+    assert seen == {False, True}
+    xlnet = {"d_model": 32, "n_head": 4, "n_layer": 1, "d_inner": 48, "vocab_size": 64}
+    check_kind(AutoConfig.for_model("xlnet", attn_type="uni", **xlnet), "xlnet")
+    with pytest.raises(UserError, match="attn_type bi"):
+        check_kind(AutoConfig.for_model("xlnet", **xlnet), "xlnet")
+    # A field that an older release wrote into every configuration, and that no Llama reads.
+    check_kind(AutoConfig.for_model("llama", is_decoder=False), "llama")
+
+
+class _Peeking(Teacher):
+    """Says of each token what follows from the one before, and from the one that comes `ahead` after that, if any.
+
+    nats: what is added to the logit of the id that is seen; inf: that id is certain.
+    """
+
+    def __init__(self, top_n: int, ahead: int, nats: float, *, epsilon: float = 0.0, dtype: str = "float32") -> None:
+        self.vocabulary_size = 90
+        self.options = StatisticsOptions(top_n, tail_epsilon=epsilon)
+        self.description = EngineDescription("double", dtype)
+        self._ahead, self._nats = ahead, nats
+        self._logits = torch.from_numpy(np.random.default_rng(0).normal(0, 2, (90, 90)))
+        self._logits[:, 80:] = -torch.inf
+        self.asked = 0
+
+    def score(self, sequences: Any, progress: Any) -> Scored:
+        self.asked += len(sequences)
+        return Scored([self._score(sequence) for sequence in sequences], None, 0)
+
+    def _score(self, sequence: Sequence) -> ScoredSequence:
+        ids = torch.from_numpy(sequence.input_ids.astype(np.int64))
+        logits = self._logits[ids[:-1]].clone()
+        for position in range(len(logits)):
+            if self._ahead and position + self._ahead < len(ids):
+                seen = ids[position + self._ahead]
+                if self._nats == np.inf:
+                    logits[position] = -1e4
+                    logits[position, seen] = 0
+                else:
+                    logits[position, seen] += self._nats
+        found = row_statistics(logits, ids[1:], self.options)
+        return ScoredSequence(
+            sequence, found.gold_logprob.numpy(), found.tail_logmass.numpy(), found.entropy.numpy(),
+            found.top_ids.numpy(), found.top_logprobs.numpy(), found.tail_logmass_at.numpy(),
+            found.tail_samples.numpy(),
+        )  # fmt: skip
+
+
+class _Rows:
+    def __init__(self, length: int) -> None:
+        self.lengths = np.array([length])
+        self._ids = np.random.default_rng(length).integers(0, 80, length).astype(np.int32)
+
+    def read(self, start: int, stop: int) -> list[Sequence]:
+        return [Sequence(0, self._ids, np.ones(len(self._ids) - 1, bool))]
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 40])
+@pytest.mark.parametrize("kept", [{"top_n": 1}, {"top_n": 4}, {"top_n": 90}, {"top_n": 60, "epsilon": 0.2}], ids=str)
+def test_a_look_ahead_of_any_number_of_tokens_is_seen(kept: dict[str, Any], length: int) -> None:
+    """Of one, which is the token that is asked for, to all that the sequences have."""
+    rows: Any = _Rows(length)
+    cases = [(ahead, nats, "float32") for ahead in range(1, min(length, 16)) for nats in (1.0, np.inf)]
+    # What the teacher expects next is kept, so a little more of it is seen; and in half precision more than noise.
+    cases += [(1, 0.05, "float32"), (1, 1.0, "bfloat16"), (1, np.inf, "bfloat16")]
+    for ahead, nats, dtype in cases:
+        with pytest.raises(UserError, match="teacher: reads ahead"):
+            check_causal(_Peeking(ahead=ahead, nats=nats, dtype=dtype, **kept), rows, "teacher")
+    for dtype in ("float32", "bfloat16"):
+        teacher = _Peeking(ahead=0, nats=0, dtype=dtype, **kept)
+        check_causal(teacher, rows, "teacher")
+        assert teacher.asked == 2
+
+
+@pytest.mark.parametrize("more", [(), ("--sketch-rank", 2)], ids=["", "sketch"])
+@pytest.mark.parametrize(("length", "where"), [(2, "lm_head.weight"), (2, "model.norm.weight"), (30, "lm_head.weight")])
+def test_a_teacher_without_numbers_claims_nothing(
+    length: int, where: str, more: tuple[object, ...], tiny: Tiny, tmp_path: Path, pipeline: Run
+) -> None:
+    model = load_causal_lm(str(tiny.teacher), dtype=torch.float32)
+    with torch.no_grad():
+        model.get_parameter(where)[3] = torch.nan
+    model.save_pretrained(tmp_path / "teacher")
+    load_tokenizer(str(tiny.tokenizer)).save_pretrained(tmp_path / "teacher")
+    rows = [{"input_ids": [4 + row, *range(5, 4 + length)]} for row in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = _cache(pipeline, tmp_path / "teacher", tmp_path / "rows.jsonl", tmp_path / "cache", *more)
+    line = ended.err.splitlines()[-1]
+    assert ended.code == 1 and "error: the teacher gave " in line and "finite" in line, ended.err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_same_model_as_a_decoder_is_a_teacher(tiny: Tiny, tmp_path: Path, pipeline: Run) -> None:
@@ -243,9 +409,26 @@ def test_what_vllm_does_with_such_rope_is_said() -> None:
 
     dynamic = _config({"rope_type": "dynamic", "factor": 4.0})
     assert context_length(dynamic) == 512 and context_length(long) == 128
+    # As XLNet's configuration says that there is no end.
+    assert context_length(_config({"rope_type": "default"}, -1)) is None
     assert rope_of_vllm(dynamic, vllm, options, 128) is None and rope_of_vllm(dynamic, own, options, 200) is None
     with pytest.raises(UserError, match="choose --engine transformers, or --max-length 128 at most"):
         rope_of_vllm(dynamic, vllm, options, 200)
+
+
+def test_a_context_of_minus_one_has_no_end(tiny: Tiny, tmp_path: Path, pipeline: Run) -> None:
+    shutil.copytree(tiny.teacher, tmp_path / "teacher")
+    file = tmp_path / "teacher" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": -1}))
+    assert _cache(pipeline, tmp_path / "teacher", tiny.corpus, tmp_path / "cache", "--limit", 4).code == 0
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["scoring"]["max_length"] == 2048
+
+
+def test_an_empty_name_is_no_teacher(tiny: Tiny, tmp_path: Path, pipeline: Run) -> None:
+    given = ("--teacher", "", "--dataset", tiny.corpus, "--output", tmp_path / "cache")
+    ended = pipeline("cache-teacher", *given)
+    assert ended.code == 2 and "the name of the model to load a model configuration from is empty" in ended.err
 
 
 @pytest.mark.parametrize(
