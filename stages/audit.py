@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.caching import resolve_dtype
+from stages.cache_inputs import resolve_dtype
 from stages.corpus import Sequence
 from stages.differences import MEASURES, Comparison, Differences, apart
 from stages.engine_guard import EngineNotUsable

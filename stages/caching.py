@@ -12,130 +12,45 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.cache_inputs import read_corpus, read_teacher, resolve_dtype, template_time
+from stages.cache_options import CacheOptions
 from stages.card import card
-from stages.chat_settings import ChatSettings, time_there
-from stages.corpus import Corpus, CorpusOptions, CorpusReport, build_corpus
+from stages.corpus import Corpus, CorpusReport
 from stages.corpus import Sequence as TokenSequence
 from stages.engine_guard import EngineNotUsable
-from stages.engines import Choice, EngineOptions, choose, engine_of, instead, load, top_n_of
-from stages.identity import teacher_identity, tokenizer_identity
+from stages.engines import Choice, choose, engine_of, instead, load, top_n_of
+from stages.identity import tokenizer_identity
 from stages.local_files import check_apart
-from stages.pretrained import load_config, load_end_ids, load_tokenizer
+from stages.pretrained import load_config
 from stages.scored_rows import refuse_impossible, rows_from_scored
 from stages.sketch_calibration import calibration_id, calibration_sequences, from_file, to_file
-from stages.sketch_identity import claimed, residual_samples_of, sketch_there, wanted_sketch
-from stages.statistics import StatisticsOptions
+from stages.sketch_identity import claimed, sketch_there
 from stages.summary import Summary, equal_tail_samples, squared_masses, summarize
 from stages.teacher import Scored, Teacher
 from stages.teacher_checks import (
     check_causal,
-    check_kind,
     check_quantization,
-    context_length,
     engine_length,
     rope_of_vllm,
-    stated_context,
 )
 from storage.cache import SHARDS, SKETCH, Cache
 from storage.errors import CacheError, RunError, UserError
-from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, SketchIdentity, TeacherIdentity, checked
+from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, checked
 from storage.places import place
 from storage.plan import plan_shards
 from storage.sketch_file import SketchFile
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-# At most 64 bytes a token, and nearest to the live teacher for them: docs/fidelity.md.
-DEFAULT_TOP_N = 4
-DEFAULT_TAIL_SAMPLES = 28
-# For students that no samples help: where there are none, and at other temperatures.
-DEFAULT_TOP_N_ALONE = 64
 # Positions on which a new sketch is tried.
 _TRIED = 2048
-DEFAULT_MAX_LENGTH = 2048
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What to cache, with whom, how much of it. Lengths in tokens; `max_length` None: 2048 or the teacher's context.
-
-    temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 with a sketch, where
-    vLLM's stock API scores, which cannot draw, and with a server, which decided when it was started. top_n: None:
-    DEFAULT_TOP_N with samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the
-    teacher. tail_epsilon, min_n: as in StatisticsOptions; top_n is then the most that a position keeps.
-    shard_tokens: tokens of a shard; None: see `plan_shards`.
-    sketch_rank: codes per position; None for no sketch. residual_samples: ids per position drawn from what the codes
-    miss; None: see `residual_samples_of`. sketch_positions: how many the sketch is calibrated on. sketch_from: a cache
-    whose sketch, and its rank, is taken instead.
-    chat: how the chat template is used. license, citation: for the dataset card; they change no number and are no part
-    of the identity.
-    """
-
-    engine: EngineOptions
-    dataset: str
-    output: str
-    top_n: int | None = None
-    tail_epsilon: float = 0.0
-    min_n: int = 1
-    temperatures: tuple[float, ...] = ()
-    tail_samples: int | None = None
-    sketch_rank: int | None = None
-    residual_samples: int | None = None
-    sketch_positions: int | None = None
-    sketch_from: str | None = None
-    dtype: str = "auto"
-    max_length: int | None = None
-    overlong: str = "cut"
-    logprob_bits: int = 16
-    shard_tokens: int | None = None
-    seed: int = 0
-    columns: dict[str, str | None] = field(default_factory=dict)
-    turns: str = "all"
-    chat: ChatSettings = field(default_factory=ChatSettings)
-    append_eos: bool = True
-    split: str | None = None
-    limit: int | None = None
-    processes: int | None = None
-    license: str | None = None
-    citation: str | None = None
-
-    def statistics(self) -> StatisticsOptions:
-        samples = self._samples
-        few = (samples or self._residual_samples) and not self.temperatures and not self.tail_epsilon
-        default = DEFAULT_TOP_N if few else DEFAULT_TOP_N_ALONE
-        return StatisticsOptions(
-            default if self.top_n is None else self.top_n,
-            self.temperatures,
-            samples,
-            self.seed,
-            self.tail_epsilon,
-            self.min_n,
-            sketch_rank=self.sketch_rank or 0,
-            residual_samples=self._residual_samples,
-        )
-
-    @property
-    def _residual_samples(self) -> int:
-        return 0 if self.sketch_rank is None else residual_samples_of(self.residual_samples)
-
-    @property
-    def _samples(self) -> int:
-        if self.tail_samples is not None:
-            return self.tail_samples
-        if self.sketch_rank is not None:
-            return 0
-        engine = self.engine
-        elsewhere = engine.vllm_route == "prompt-logprobs" or engine.on_server
-        return 0 if elsewhere else DEFAULT_TAIL_SAMPLES
 
 
 @dataclass
@@ -180,84 +95,6 @@ class PreparedCache:
     def done_tokens(self) -> int:
         waiting = set(self.pending)
         return sum(shard.tokens for index, shard in enumerate(self.manifest.shards) if index not in waiting)
-
-
-@dataclass(frozen=True)
-class TeacherFiles:
-    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens. end_ids: the
-    token ids that stop it.
-
-    sketch: what is wanted, its checksum missing until it is known; sketch_bytes: where another cache has it.
-    """
-
-    config: PretrainedConfig
-    identity: TeacherIdentity
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary_size: int
-    max_length: int
-    end_ids: tuple[int, ...]
-    sketch: SketchIdentity | None
-    sketch_bytes: bytes | None
-
-
-def read_teacher(options: CacheOptions) -> TeacherFiles:
-    """Raises UserError where the teacher is not there, or cannot give what the options ask for."""
-    source: dict[str, Any] = {
-        "revision": options.engine.revision,
-        "trust_remote_code": options.engine.trust_remote_code,
-    }
-    config = load_config(options.engine.teacher, **source)
-    check_kind(config, options.engine.teacher)
-    vocabulary = int(config.get_text_config().vocab_size)
-    identity = teacher_identity(options.engine.teacher, config)
-    sketch, sketch_bytes = wanted_sketch(
-        config,
-        identity,
-        rank=options.sketch_rank,
-        residual_samples=options.residual_samples,
-        positions=options.sketch_positions,
-        another=options.sketch_from,
-    )
-    options = replace(options, sketch_rank=sketch.rank if sketch else None)
-    statistics = options.statistics()
-    if statistics.top_n > vocabulary:
-        raise UserError(f"--top-n {statistics.top_n}: the teacher's vocabulary has only {vocabulary} tokens")
-    if statistics.min_n > statistics.top_n:
-        raise UserError(f"--min-n {statistics.min_n}: is above --top-n {statistics.top_n}")
-    if statistics.min_n > 1 and not statistics.tail_epsilon:
-        raise UserError(f"--min-n {statistics.min_n}: belongs to --tail-epsilon, which is not given")
-    max_length = _max_length(options, config)
-    tokenizer = load_tokenizer(options.engine.teacher, **source)
-    options.chat.prepare(tokenizer)
-    end_ids = load_end_ids(options.engine.teacher, config, **source)
-    return TeacherFiles(config, identity, tokenizer, vocabulary, max_length, end_ids, sketch, sketch_bytes)
-
-
-def template_time(options: CacheOptions, tokenizer: PreTrainedTokenizerBase) -> datetime | None:
-    """Return the time that the chat template is told, that of the cache where it was begun before."""
-    return options.chat.moment(tokenizer, time_there(place(options.output)) if options.output else None)
-
-
-def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
-    """The tokenised corpus. Raises UserError for bad rows, RunError for a full disk."""
-    return build_corpus(
-        options.dataset,
-        teacher.tokenizer,
-        CorpusOptions(
-            max_length=teacher.max_length,
-            overlong=options.overlong,  # type: ignore[arg-type]
-            turns=options.turns,  # type: ignore[arg-type]
-            append_eos=options.append_eos,
-            split=options.split,
-            limit=options.limit,
-            processes=options.processes,
-            end_ids=teacher.end_ids,
-            template_arguments=options.chat.values(),
-            template_time=template_time(options, teacher.tokenizer),
-            head=teacher.vocabulary_size,
-            **options.columns,
-        ),
-    )
 
 
 def prepare(options: CacheOptions) -> PreparedCache:
@@ -521,30 +358,6 @@ def _sketch_file(prepared: PreparedCache) -> SketchFile:
     assert wanted is not None and prepared.sketch is not None
     size = prepared.manifest.vocabulary_size
     return SketchFile.from_bytes(prepared.sketch, SKETCH, rank=wanted.rank, vocabulary_size=size)
-
-
-def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
-    """`auto` is float32 on a CPU and the checkpoint's own precision on an accelerator; it stands in the manifest."""
-    import torch
-
-    from stages.teacher_transformers import default_device
-
-    if dtype != "auto":
-        return dtype
-    if default_device().type == "cpu":
-        return "float32"
-    own = getattr(config, "dtype", None) or torch.bfloat16
-    return str(own).removeprefix("torch.")
-
-
-def _max_length(options: CacheOptions, config: PretrainedConfig) -> int:
-    context = context_length(config)
-    if options.max_length is None:
-        stated = stated_context(config)
-        return min(DEFAULT_MAX_LENGTH, stated) if stated else DEFAULT_MAX_LENGTH
-    if context and options.max_length > context:
-        raise UserError(f"--max-length {options.max_length}: the teacher reads at most {context} tokens")
-    return options.max_length
 
 
 def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, cache: Cache) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stages import caching
-from stages.caching import CacheOptions, PreparedCache
+from stages import cache_inputs, caching
+from stages.cache_options import CacheOptions
+from stages.caching import PreparedCache
 from stages.corpus import CorpusReport
 from stages.corpus import Sequence as TokenSequence
 from stages.local_files import check_apart
@@ -218,8 +219,12 @@ def plan(
     statistics = options.statistics()
     measured: Probe | None = None
     if probe is None:
-        files = caching.read_teacher(options)
-        corpus, vocabulary, max_length = caching.read_corpus(options, files), files.vocabulary_size, files.max_length
+        files = cache_inputs.read_teacher(options)
+        corpus, vocabulary, max_length = (
+            cache_inputs.read_corpus(options, files),
+            files.vocabulary_size,
+            files.max_length,
+        )
         shards = plan_shards(corpus.lengths, options.shard_tokens)
         if files.sketch is not None:
             statistics = replace(options, sketch_rank=files.sketch.rank).statistics()

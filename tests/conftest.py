@@ -139,7 +139,8 @@ def pipeline(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
 @pytest.fixture(scope="session")
 def make_cache(tiny: Tiny) -> Callable[..., Any]:
     """Makes a cache of the tiny teacher in this process: `make_cache(path, top_n=8, ...)` -> storage.cache.Cache."""
-    from stages.caching import CacheOptions, prepare, run
+    from stages.cache_options import CacheOptions
+    from stages.caching import prepare, run
     from stages.engines import EngineOptions
 
     def make(output: Path, **options: Any) -> Any:

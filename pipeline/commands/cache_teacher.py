@@ -16,7 +16,8 @@ from pipeline.signals import saying
 from storage.words import are, counted
 
 if TYPE_CHECKING:
-    from stages.caching import CacheOptions, PreparedCache
+    from stages.cache_options import CacheOptions
+    from stages.caching import PreparedCache
     from stages.corpus import CorpusReport
     from stages.summary import Summary
     from storage.cache import Cache
@@ -295,7 +296,7 @@ def _kept(prepared: PreparedCache) -> str:
 
 def cache_options(given: dict[str, Any]) -> CacheOptions:
     """What this command's parameters ask for."""
-    from stages.caching import CacheOptions
+    from stages.cache_options import CacheOptions
 
     names = ("text_column", "prompt_column", "completion_column", "messages_column", "tools_column")
     columns = {name: given.pop(name) for name in names}
@@ -314,7 +315,7 @@ def _show_first(prepared: PreparedCache) -> None:
 
 
 def _report_sketch(explained: float, equal_tail_samples: float | None) -> None:
-    from stages.caching import DEFAULT_TAIL_SAMPLES
+    from stages.cache_options import DEFAULT_TAIL_SAMPLES
 
     click.echo(f"the sketch explains {explained:.3f} of the variance of the teacher's logits", err=True)
     if equal_tail_samples is None:

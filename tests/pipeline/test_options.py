@@ -7,7 +7,7 @@ from dataclasses import fields
 import click
 
 from pipeline.commands import cache_teacher, train_student
-from stages import caching, corpus, engines, objective, ranking
+from stages import cache_options, corpus, engines, objective, ranking
 from stages.student import StudentOptions
 from stages.tail import TAIL_CHOICES
 
@@ -27,7 +27,7 @@ def test_choices() -> None:
     assert choices(train_student.command, "normalize") == objective.NORMALIZATIONS
     assert choices(train_student.command, "rank_scope") == ranking.RANK_SCOPES
     assert choices(train_student.command, "tail") == TAIL_CHOICES
-    assert choices(cache_teacher.command, "dtype") == caching.DTYPES
+    assert choices(cache_teacher.command, "dtype") == cache_options.DTYPES
     assert choices(cache_teacher.command, "turns") == corpus.TURNS
 
 
@@ -41,7 +41,7 @@ def test_defaults() -> None:
         assert ours[name] == getattr(StudentOptions("", "", ""), name)
     assert choices(cache_teacher.command, "engine") == engines.ENGINES
     engine = engines.EngineOptions("")
-    options = caching.CacheOptions(engine, "", "")
+    options = cache_options.CacheOptions(engine, "", "")
     theirs = defaults(cache_teacher.command)
     for name in ("top_n", "dtype", "overlong", "turns", "shard_tokens", "seed", "append_eos", "tail_samples"):
         assert theirs[name] == getattr(options, name), name

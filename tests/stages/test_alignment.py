@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.caching import CacheOptions, prepare, run
+from stages.cache_options import CacheOptions
+from stages.caching import prepare, run
 from stages.corpus import Sequence
 from stages.engines import EngineOptions
 from stages.scored_rows import rows_from_scored

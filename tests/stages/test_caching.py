@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.caching import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_ALONE, CacheOptions
+from stages.cache_options import DEFAULT_TAIL_SAMPLES, DEFAULT_TOP_N, DEFAULT_TOP_N_ALONE, CacheOptions
 from stages.divergence import teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective

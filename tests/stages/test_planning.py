@@ -13,7 +13,7 @@ import pytest
 from pipeline.commands import cache_teacher
 from pipeline.commands import plan as plan_command
 from stages import caching, planning
-from stages.caching import CacheOptions
+from stages.cache_options import CacheOptions
 from stages.corpus import CorpusReport
 from stages.engines import EngineOptions
 from storage import schema

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from stages import caching
-from stages.caching import CacheOptions, prepare, run
+from stages.cache_options import CacheOptions
+from stages.caching import prepare, run
 from stages.corpus import Sequence
 from stages.engines import EngineOptions
 from stages.teacher import Scored, ScoredSequence, Teacher

@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.damage import contents
 from stages import caching, sketch_identity
+from stages.cache_options import CacheOptions
 from stages.cached_tail import common_sketch, extra_columns, make_tail, sketch_numbers
-from stages.caching import CacheOptions, prepare, run
+from stages.caching import prepare, run
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.engines import EngineOptions
 from stages.objective import Objective
