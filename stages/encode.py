@@ -1,7 +1,8 @@
 """From text with marked spans to token ids, and the tokens that lie in the spans.
 
 The ids are always those of the whole text. A long text is encoded by stretches that overlap, in bounded memory: two
-neighbours are joined inside their overlap, and only where they agree on it (see `_joined`).
+neighbours are joined inside their overlap, only where they agree on it, and where the tokenizer provably treats the
+text on both sides apart (see `_joined`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.seams import Seams
 from storage.errors import UserError
 
 Span = tuple[int, int]  # characters [start, end)
@@ -198,10 +200,11 @@ def _encoded(tokenizer: Any, texts: Sequence[str], at: int = 0) -> list[_Tokens]
 def _long(tokenizer: Any, text: str, limit: int | None) -> _Part:
     """The tokens of a long text, by stretches; larger ones where neighbours do not agree, at last the whole."""
     size = _STRETCH
-    while 2 * size < len(text):
+    seams = Seams(tokenizer)
+    while seams.known and 2 * size < len(text):
         parts: list[_Tokens] = []
         count = 0
-        for part in _stretches(tokenizer, text, size):
+        for part in _stretches(tokenizer, text, size, seams):
             if part is None:
                 break
             parts.append(part)
@@ -214,11 +217,9 @@ def _long(tokenizer: Any, text: str, limit: int | None) -> _Part:
     return _encoded(tokenizer, [text])[0], {}, True
 
 
-def _stretches(tokenizer: Any, text: str, size: int) -> Iterator[_Tokens | None]:
+def _stretches(tokenizer: Any, text: str, size: int, seams: Seams) -> Iterator[_Tokens | None]:
     """The tokens of consecutive stretches of about `size` characters; None, and no more, where two cannot be joined."""
     overlap = size // _OVERLAP_SHARE
-    # Unigram adds up scores from the start of a word, and their rounding breaks ties.
-    words_only = type(tokenizer.backend_tokenizer.model).__name__ == "Unigram"
     stop = size
     left = _encoded(tokenizer, [text[:stop]])[0]
     while stop < len(text):
@@ -232,7 +233,7 @@ def _stretches(tokenizer: Any, text: str, size: int) -> Iterator[_Tokens | None]
         # The last one is never so short that nothing lies beyond the overlap.
         next_stop = len(text) if len(text) - next_stop < overlap else next_stop
         right = _encoded(tokenizer, [text[begin:next_stop]], begin)[0]
-        seam = _joined(text, left, right, (begin + overlap // 4, stop - overlap // 4), words_only)
+        seam = _joined(text, left, right, (begin + overlap // 4, stop - overlap // 4), seams)
         if seam is None:
             yield None
             return
@@ -242,15 +243,13 @@ def _stretches(tokenizer: Any, text: str, size: int) -> Iterator[_Tokens | None]
     yield left
 
 
-def _joined(
-    text: str, left: _Tokens, right: _Tokens, between: tuple[int, int], words_only: bool
-) -> tuple[int, int] | None:
+def _joined(text: str, left: _Tokens, right: _Tokens, between: tuple[int, int], seams: Seams) -> tuple[int, int] | None:
     """The token of `left`, and the same one of `right`, at which the two are joined; None where that is not safe.
 
     It is safe where both, which see other text around them, agree on every token between two characters, those are
     enough, and the text there neither repeats itself nor is of one class of characters. Otherwise the agreement proves
-    nothing: in a run of one letter, or of digits, what stands far away decides where tokens begin. `words_only`: join
-    only where white space begins or ends.
+    nothing: in a run of one letter, or of digits, what stands far away decides where tokens begin. `seams` then proves
+    the place.
     """
     low, high = between
     zone = text[low:high]
@@ -265,10 +264,13 @@ def _joined(
             return None
     middle = len(ours) // 2
     for place in sorted(range(len(ours) // 4, 3 * len(ours) // 4), key=lambda place: abs(place - middle)):
-        at = int(left.starts[ours[place]])
-        beside = {_class(text[at - 1]), _class(text[at])}
-        if left.ends[ours[place] - 1] <= at and len(beside) == 2 and ("space" in beside or not words_only):
-            return int(ours[place]), int(theirs[place])
+        token = int(ours[place])
+        end, start = int(left.ends[token - 1]), int(left.starts[token])
+        # Spaces between the two places belong to one of the tokens, but offsets do not say to which.
+        for at in sorted({end, start}) if end <= start else ():
+            beside = {_class(text[at - 1]), _class(text[at])}
+            if len(beside) == 2 and seams.safe(text, at, left.ids, left.starts, token):
+                return token, int(theirs[place])
     return None
 
 

@@ -58,8 +58,8 @@ def find_files(path: Path, split: str | None) -> LocalFiles:
     found = [file for file in found if file not in twice]
     if not found:
         raise UserError(f"The folder {path} has no data files; it needs files that end in one of: {_KNOWN}.")
-    by_split = find_splits(path, [file.relative_to(path).as_posix() for file in found])
     wanted = split or DEFAULT_SPLIT
+    by_split = find_splits(path, [file.relative_to(path).as_posix() for file in found], wanted)
     if wanted not in by_split:
         raise UserError(f"{path} has no split '{wanted}'; choose one of: {', '.join(by_split) or 'none'}.")
     splits = {name: {path / file for file in files} for name, files in by_split.items()}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.rows import first_line
 from storage.errors import UserError
 
 DEFAULT_SPLIT = "train"
@@ -21,13 +22,14 @@ _WORDS = {
 _BESIDE = "[-._ 0-9]"
 _SHARDED = re.compile(r"data/([^/]*)-[0-9]{5}-of-[0-9]{5}[^/]*\.[^/]*")
 _MOST_CARD_BYTES = 1 << 20
+_HEAD = re.compile(r"(\s*---\n)(.*?)\n---[ \t]*(\n|$)", re.DOTALL)
 
 
-def find_splits(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+def find_splits(folder: Path, names: Sequence[str], wanted: str = DEFAULT_SPLIT) -> dict[str, list[str]]:
     """Return which of the files `names`, paths below the folder, make up each split.
 
-    A card (`README.md`) that names data files decides; else names do. Raises UserError for a card of several data sets
-    none of which is the default.
+    A card (`README.md`) that names data files decides; else names do. Raises UserError for a card that cannot be read,
+    one of several data sets none of which is the default, and files of the split `wanted` that it names in vain.
     """
     config = _config(folder)
     files = config.get("data_files")
@@ -40,9 +42,16 @@ def find_splits(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     listed = by_split or [{"split": DEFAULT_SPLIT, "path": files}]
     found = {}
     for entry in listed:
-        paths = entry.get("path")
-        patterns = [_glob(prefix + str(path)) for path in (paths if isinstance(paths, list) else [paths])]
-        found[str(entry.get("split"))] = [name for name in names if any(p.fullmatch(name) for p in patterns)]
+        split, paths = str(entry.get("split")), entry.get("path")
+        patterns = {
+            str(path): _glob(prefix + str(path), folder) for path in (paths if isinstance(paths, list) else [paths])
+        }
+        found[split] = [name for name in names if any(p.fullmatch(name) for p in patterns.values())]
+        missing = [path for path, pattern in patterns.items() if not any(map(pattern.fullmatch, names))]
+        if missing and split == wanted:
+            raise UserError(
+                f"{folder / CARD} names data files that are not there ({', '.join(missing)}); mend or remove the card."
+            )
     return {split: own for split, own in found.items() if own}
 
 
@@ -80,15 +89,8 @@ def splits_by_name(names: Sequence[str]) -> dict[str, list[str]]:
 
 def _config(folder: Path) -> dict[str, Any]:
     """The default data set of those that the folder's card names, empty where it names none."""
-    import yaml
-
-    try:
-        with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
-            head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", file.read(_MOST_CARD_BYTES), re.DOTALL)
-        data = yaml.safe_load(head[1]) if head else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    configs = data.get("configs") if isinstance(data, dict) else None
+    data = _head(folder / CARD)
+    configs = data.get("configs")
     configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
     if len(configs) < 2:
         return configs[0] if configs else {}
@@ -101,10 +103,53 @@ def _config(folder: Path) -> dict[str, Any]:
     )
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` within a name, `**` over folders, as in a card."""
+def _head(card: Path) -> dict[str, Any]:
+    """The YAML between the two lines of `---` that a card may begin with, empty without. Raises UserError."""
+    import yaml
+
+    try:
+        # A byte order mark is no text.
+        with card.open(encoding="utf-8-sig", errors="replace") as file:
+            head = _HEAD.match(file.read(_MOST_CARD_BYTES))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{card} cannot be read: {error.strerror or error}.") from error
+    if head is None:
+        return {}
+    try:
+        data = yaml.safe_load(head[2])
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {head[1].count(chr(10)) + mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or first_line(error)
+        raise UserError(
+            f"{card}{line}: the YAML between the lines of --- cannot be read ({reason}); mend or remove it."
+        ) from error
+    if data is not None and not isinstance(data, dict):
+        raise UserError(f"{card}: the YAML between the lines of --- has no keys; mend or remove it.")
+    return data or {}
+
+
+def _glob(pattern: str, folder: Path) -> re.Pattern[str]:
+    """`*` within a name, `**` over folders, `[a]` and `[!a]`, as in a card. Raises UserError."""
     words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", str(PurePosixPath(pattern)))
-    return re.compile(
-        "".join(words.get(part, part if part.startswith("[") else re.escape(part)) for part in parts), re.DOTALL
-    )
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[(?:![^\]/]+|[^\]/!][^\]/]*)\])", str(PurePosixPath(pattern)))
+    translated = [
+        re.escape(part) if index % 2 == 0 else _set(part) if part.startswith("[") else words[part]
+        for index, part in enumerate(parts)
+    ]
+    try:
+        return re.compile("".join(translated), re.DOTALL)
+    except re.error as error:
+        raise UserError(
+            f"{folder / CARD} names files by a pattern that cannot be read ({pattern}); mend it."
+        ) from error
+
+
+def _set(part: str) -> str:
+    """Return the set of characters `[a-z]` or `[!a-z]` as a regular expression."""
+    inside = part[1:-1].replace("\\", "\\\\")
+    if inside.startswith("!"):
+        return f"[^{inside[1:]}]"
+    return f"[\\{inside}]" if inside[0] in "^[" else f"[{inside}]"

@@ -9,9 +9,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from stages import encode
+from stages import encode, seams
 from stages.corpus import CorpusOptions, build_corpus
 from stages.encode import encode_spans, has_special_text, special_pattern
+from stages.regex_reach import NotUnderstood, Reach
 from tests.conftest import texts
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -138,6 +139,63 @@ def test_stretches_are_joined_only_where_that_is_safe(makes, monkeypatch):
         for text in ("a" * 9000, "7" * 9001, "ab " * 3000, " " * 9000):
             ((ids, _),) = encode_spans(tokenizer, [text], [[]], add_special_tokens=False)
             assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def unbounded_quotes() -> PreTrainedTokenizerFast:
+    """A quotation is one piece: a quote without a partner looks for it to the end of the text."""
+    backend = Tokenizer.from_str(byte_level().backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex('"[^"]*"'), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_lines_without_spaces_and_far_looking_patterns_have_the_ids_of_the_whole(makes, monkeypatch):
+    rand = random.Random(3)
+    unigram = makes["sentencepiece_unigram"]
+    one_word = Tokenizer.from_str(unigram.backend_tokenizer.to_str())
+    one_word.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    dashes = "".join("-" * rand.randint(1, 200) + "\n" for _ in range(80))
+    rules = "".join(f"|{'|'.join('-' * rand.randint(3, 9) for _ in range(4))}|\n" for _ in range(250))
+    lines = "".join(rand.choice(texts()).replace(" ", "") + "\n" for _ in range(40))[:9000]
+    quoted = "".join(rand.choice(texts())[: rand.randrange(900)] + rand.choice(['"', ""]) for _ in range(20))
+    monkeypatch.setattr(encode, "_STRETCH", 1024)
+    for tokenizer in (unigram, PreTrainedTokenizerFast(tokenizer_object=one_word), unbounded_quotes()):
+        for text in (dashes, rules, lines, quoted):
+            ((ids, _),) = encode_spans(tokenizer, [text], [[]], add_special_tokens=False)
+            assert ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "apart", "crossed"),
+    [
+        (GPT2, ["a ", "a.", "1 ", ". ", "a1", "。\n"], [" a", "'s", "  ", "aa", "\n\n"]),
+        (DIGITS_FROM_THE_RIGHT, ["a ", "a.", "1a", ". "], [" a", ".a", ".\n", "11"]),
+        (r"(?i:'s|'LL)?[^\r\n\p{L}]?[\p{Lu}\p{M}]*[\p{Ll}[0-9]]+", ["a ", "a."], ["'L", "lA", "1a", " 1", "Aa"]),
+        (r'"[^"]*"', [], ["a ", '"a', ". "]),
+        (r"\w+(?=[^#]*#)|x{2,}|y{2}", [], ["a ", "a#", "xx", "yy"]),
+        (r"x{2,}|y{1}z?|\.?\]", ["zz", "zy", "yy"], ["xx", "yz", ".]"]),
+        (r"(?>a|b)++c*?|[\]a&&[^b]]d", ["ca", "da"], ["ab", "ba", "bc", "cc", "ad"]),
+    ],
+)
+def test_the_reach_of_a_pattern_is_read_from_it(pattern, apart, crossed):
+    reach = Reach(pattern)
+    assert [pair for pair in apart if reach.crosses(*pair, seams._matches)] == []
+    assert [pair for pair in crossed if not reach.crosses(*pair, seams._matches)] == []
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?<=a)b", r"(a)\1", r"\Aa", r"a\z", r"\X", r"(?<n>a)", r"(?i:ß)", "(a", "a)", "[a"]
+)
+def test_a_pattern_whose_reach_cannot_be_told_is_said_to_be_so(pattern):
+    with pytest.raises(NotUnderstood):
+        Reach(pattern)
 
 
 def test_of_a_long_document_only_what_is_kept_is_encoded(makes, tmp_path, monkeypatch):

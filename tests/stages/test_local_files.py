@@ -91,8 +91,45 @@ def test_a_card_decides_over_names(tmp_path):
     assert "names several data sets (a, b); give the files or the folder of one." in refusal(tmp_path)
     card.write_text("---\nconfigs:\n- config_name: a\n  data_dir: new\n  default: true\n- config_name: b\n---\n")
     assert found(tmp_path)[0] == ["new/deep/two.jsonl", "new/one.jsonl"]
-    card.write_text("---\n{broken: [yaml\n---\n")
+    card.write_text("No head.\n---\n{broken: [yaml\n---\n")
     assert found(tmp_path)[0] == ["train.jsonl"]
+
+
+def test_a_card_is_read_as_load_dataset_reads_it(tmp_path):
+    fill(tmp_path, "x1.jsonl", "xa.jsonl", "x^.jsonl")
+    card = tmp_path / "README.md"
+
+    def naming(files: str, before: str = "") -> None:
+        card.write_text(f"{before}---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+
+    for pattern, names in {
+        "x[!0-9].jsonl": ["x^.jsonl", "xa.jsonl"],
+        "x[0-9].jsonl": ["x1.jsonl"],
+        "x[^1].jsonl": ["x1.jsonl", "x^.jsonl"],
+        "x?.jsonl": ["x1.jsonl", "x^.jsonl", "xa.jsonl"],
+    }.items():
+        naming(f'"{pattern}"')
+        assert found(tmp_path)[0] == names, pattern
+    for before in ("\n", " \n\n", "\ufeff", "\ufeff\n"):
+        naming("x1.jsonl", before)
+        assert found(tmp_path)[0] == ["x1.jsonl"], repr(before)
+
+
+def test_a_card_that_cannot_be_followed_is_refused(tmp_path):
+    fill(tmp_path, "a.jsonl", "b.jsonl")
+    card = tmp_path / "README.md"
+    card.write_text("\n---\nlicense: mit\nconfigs: [a\nb: c\n---\n")
+    assert refusal(tmp_path).startswith(f"{card}, line 5: the YAML between the lines of --- cannot be read (")
+    card.write_text("---\n\x07\n---\n")
+    assert "cannot be read (unacceptable character #x0007" in refusal(tmp_path)
+    card.write_text("---\njust words\n---\n")
+    assert "has no keys" in refusal(tmp_path)
+    for files in ("nothere.jsonl", "[a.jsonl, nothere.jsonl]"):
+        card.write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+        expected = f"{card} names data files that are not there (nothere.jsonl); mend or remove the card."
+        assert refusal(tmp_path) == expected
+    card.write_text('---\nconfigs:\n- config_name: default\n  data_files: "[z-a].jsonl"\n---\n')
+    assert "by a pattern that cannot be read ([z-a].jsonl)" in refusal(tmp_path)
 
 
 def test_only_files_about_the_data_are_passed_over_and_that_is_said(tmp_path):
