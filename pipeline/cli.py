@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,18 @@ def _debug_option() -> click.Option:
     )
 
 
+def _refusing_empty(callback: Callable[[click.Context, click.Parameter, Any], Any] | None) -> Any:
+    """Return a callback that refuses empty text, which an unset variable of a shell leaves, and then calls this one."""
+
+    def check(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        if "" in (value if isinstance(value, (tuple, list)) else (value,)):
+            name = max(param.opts, key=len) if isinstance(param, click.Option) else param.make_metavar(ctx)
+            raise UserError(f"{name} is empty; give it a value, or check the variable that it stands for")
+        return callback(ctx, param, value) if callback else value
+
+    return check
+
+
 class LazyGroup(click.Group):
     """A group that imports a command when it is called, and gives each a `--debug` of its own.
 
@@ -109,6 +121,8 @@ class LazyGroup(click.Group):
         else:
             command = super().get_command(ctx, cmd_name)
         if command is not None and not any("--debug" in param.opts for param in command.params):
+            for param in command.params:
+                param.callback = _refusing_empty(param.callback)
             command.params.append(_debug_option())
         return command
 

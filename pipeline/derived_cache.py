@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -13,15 +14,18 @@ if TYPE_CHECKING:
     from stages.derivation import Derivation
 
 
-def derive(derivation: Derivation, output: str, doing: str, without_prior: str) -> None:
-    """Make it at `output`, a directory or URL.
+def derive(derivation: Derivation, output: str, doing: str, without_prior: str, *, sources: Sequence[str]) -> None:
+    """Make it at `output`, a directory or URL, from the caches `sources`.
 
     doing: for the progress. without_prior: said where the new cache has no tail prior. Raises CacheError for an output
-    that is another cache, or a source that cannot be read.
+    that is another cache, UserError for one inside a source, CacheError for a source that cannot be read.
     """
     from stages.derivation import write
+    from stages.local_files import check_apart
     from storage.cache import Cache
 
+    for source in sources:
+        check_apart(source, output, "cache")
     Cache.resume(output, derivation.manifest)
     if not derivation.has_prior:
         click.echo(f"the new cache has no tail prior: {without_prior}", err=True)

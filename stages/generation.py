@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from stages import endings
 from stages.chat_settings import TIME, ChatSettings
 from stages.identity import teacher_identity
+from stages.local_files import check_apart
 from stages.messages import MESSAGE_COLUMNS, read_chat, read_tools, with_system
 from stages.pretrained import load_config, load_tokenizer
 from stages.sources import load_rows
@@ -125,6 +126,7 @@ def prepare(options: GenerateOptions) -> PreparedGeneration:
     if output.exists():
         raise UserError(f"{output}: exists already; name another --output or move it away")
     check_new_path(output, "--output wants a file in a folder")
+    check_apart(options.prompts, options.output)
     if not output.parent.is_dir():
         raise UserError(f"{output.parent}: no such folder to write {output.name} in; make it first")
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}

@@ -14,6 +14,7 @@ from pathlib import Path
 from stages.splits import DEFAULT_SPLIT, find_splits
 from stages.text_files import TEXT_ENDINGS
 from storage.errors import UserError
+from storage.places import place
 
 ENDINGS = (*TEXT_ENDINGS, ".parquet")
 # Named in messages; each but Parquet may end in .gz or .zst, too.
@@ -82,18 +83,30 @@ def find_files(path: Path, split: str | None) -> LocalFiles:
     return LocalFiles(tuple(files), tuple(f"{kind}: {_listed(path, own)}" for kind, own in kinds.items() if own))
 
 
-def check_apart(dataset: str, output: str) -> None:
-    """Raise UserError where a local output lies in the folder of the data, or the data in that of the output."""
-    if "://" in output or not os.path.exists(os.path.expanduser(dataset)):
+def check_apart(source: str, output: str, what: str = "data set", *, may_hold: bool = False) -> None:
+    """Raise UserError where a local output lies in the folder of its source, or the source in that of the output.
+
+    what: names the source, which may also be a file, a URL, or a name on the hub. may_hold: the source may lie in the
+    folder of the output.
+    """
+    read, written = _local(source), _local(output)
+    if read is None or written is None or not read.exists():
         return
-    data, cache = (Path(os.path.realpath(os.path.expanduser(name))) for name in (dataset, output))
-    if cache == data or data in cache.parents:
+    if written == read or read in written.parents:
         raise UserError(
-            f"The output {output} lies inside the data set {dataset}, so its files would be read as data; name an "
-            "output elsewhere."
+            f"The output {output} lies inside the {what} {source}, so its files would be read as those of the {what}; "
+            "name an output elsewhere."
         )
-    if cache in data.parents:
-        raise UserError(f"The data set {dataset} lies inside the output {output}; name an output elsewhere.")
+    if written in read.parents and not may_hold:
+        raise UserError(f"The {what} {source} lies inside the output {output}; name an output elsewhere.")
+
+
+def _local(where: str) -> Path | None:
+    """The real path of what is named; None for a URL of another machine."""
+    if "://" in where:
+        named = place(where) if where.startswith(("file://", "local://")) else None
+        return Path(os.path.realpath(named)) if isinstance(named, Path) else None
+    return Path(os.path.realpath(os.path.expanduser(where)))
 
 
 # ---- what lies in a folder --------------------------------------------------------------------------------

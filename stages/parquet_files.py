@@ -83,13 +83,16 @@ def _as_json(there: dict[str, pa.Array], columns: Sequence[str], rows: int) -> l
 
 
 def _flat_schema(schemas: Sequence[pa.Schema], columns: Sequence[str]) -> pa.Schema | None:
-    """The types of `columns` that hold the files' own; None where one is nested, or there is no such type."""
+    """The types of `columns` that hold the files' own; None where one is nested, or no type holds all exactly."""
     import pyarrow as pa
 
     fields = []
     for name in columns:
         try:
             found = [pa.schema([(name, _flat(schema.field(name).type))]) for schema in schemas if name in schema.names]
+            numbers = [_value_type(one.field(name).type) or one.field(name).type for one in found]
+            if any(map(pa.types.is_integer, numbers)) and any(map(pa.types.is_floating, numbers)):
+                return None  # as floats, the whole numbers of one file would look like those of the other
             fields.append(pa.unify_schemas(found, promote_options="permissive").field(name))
         except (pa.ArrowException, ValueError):
             return None

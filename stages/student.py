@@ -28,6 +28,7 @@ from stages.cached_tail import (
     read_sketches,
     sketch_numbers,
 )
+from stages.local_files import check_apart
 from stages.objective import Objective
 from storage.cache import MADE_AGAIN, TAIL_PRIOR, Cache
 from storage.errors import CacheError, RunError, UserError
@@ -314,6 +315,8 @@ def _previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str
     """The checkpoint to go on from, or the metrics of a run that is already done."""
     output = local_path(options.output, "a student")
     check_new_path(output)
+    for cache in caches:
+        check_apart(str(cache.path), options.output, "cache", may_hold=True)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; --output wants a directory")
     # Hidden files may be what a killed run left of its first one.

@@ -17,6 +17,7 @@ from typing import Any
 
 from stages.rows import first_line
 from storage.errors import UserError
+from storage.words import counted
 
 # JSON text and the row's columns; a list of columns is that of the whole file, and may name one twice.
 Row = tuple[str, Sequence[str]]
@@ -94,8 +95,8 @@ def _table(path: Path, lines: Iterator[bytes], delimiter: str) -> Iterator[Row]:
             assert names is not None
             if len(values) != len(names):
                 raise UserError(
-                    f"{path}, line {reader.line_num} has {len(values)} values where the first line names {len(names)}; "
-                    "mend the row, or put quotes around values that hold the separator."
+                    f"{path}, line {reader.line_num} has {counted(len(values), 'value')} where the first line names "
+                    f"{len(names)}; mend the row, or put quotes around values that hold the separator."
                 )
             rows[0] += 1
             # The first of two columns of one name; whoever asks for it is refused.
@@ -125,7 +126,13 @@ def _numbered(path: Path, lines: Iterator[bytes], rows: list[int]) -> Iterator[t
 def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     """The value of a line of JSON lines, or of a whole document, whose errors know their own line."""
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
+    except _KeyTwiceError as error:
+        where = f"{path}, line {line}" if line else f"{path}"
+        raise UserError(
+            f"{where} has an object that gives the key {json.dumps(error.key, ensure_ascii=False)[:100]} twice, of "
+            "which one would be lost; mend or remove it."
+        ) from error
     except (ValueError, RecursionError) as error:
         place, reason = f"line {line or 1}", first_line(error)
         if isinstance(error, json.JSONDecodeError):
@@ -133,6 +140,27 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
         elif "digits" in reason:
             reason = "it has a number of more digits than a program reads"
         raise UserError(f"{path}, {place} is not valid JSON ({reason}); mend or remove it.") from error
+
+
+class _KeyTwiceError(Exception):
+    """An object gives a key twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of its keys and values. Raises _KeyTwiceError."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _KeyTwiceError(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+# One for all rows: to make one costs more than to parse a short row.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _parses(text: str) -> bool:

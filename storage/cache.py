@@ -99,7 +99,8 @@ class Cache:
         """Raises CacheError where there is no cache, or one this program cannot read."""
         path = place(where)
         if isinstance(path, Path) and not path.is_dir():
-            raise CacheError(f"{path}: no such directory; --shards wants the --output of `pipeline cache-teacher`")
+            found = "is a file, not a directory" if path.exists() else "no such directory"
+            raise CacheError(f"{path}: {found}; a cache is the directory that `pipeline cache-teacher` wrote")
         return cls(path, read_manifest(path / MANIFEST))
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from storage.errors import UserError
@@ -44,7 +45,18 @@ def local_path(where: str | Path, what: str) -> Path:
     text = os.fspath(where)
     if "://" in text:
         raise UserError(f"{text}: {what} is written to this machine; name a local path")
+    check_slashes(text)
     return Path(text)
+
+
+def check_slashes(where: str) -> None:
+    """Raise UserError for a URL that lost slashes, such as `s3:/bucket/cache`: it would be a folder named `s3:`."""
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)", where):
+        scheme, rest = found[1], where[found.end() :]
+        place = f"/{rest}" if scheme == "file" else rest
+        raise UserError(
+            f"{where}: is no URL, which has two slashes ({scheme}://{place}), and no local path (./{where})"
+        )
 
 
 def _short(path: Path) -> str:

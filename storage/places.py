@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from storage.errors import RunError, UserError
 from storage.files import HashingFile
+from storage.new_path import check_slashes
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -187,6 +188,7 @@ Place: TypeAlias = Path | RemotePath
 def place(where: str | Path | RemotePath) -> Place:
     """The path or URL that a person named. Raises UserError for a URL that no file system serves."""
     if not isinstance(where, str) or "://" not in where:
+        check_slashes(str(where))
         return where if isinstance(where, RemotePath) else Path(where)
     scheme, _, rest = where.partition("://")
     if scheme in ("file", "local"):

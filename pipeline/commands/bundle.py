@@ -20,6 +20,7 @@ def command(directory: str, file: str) -> None:
       pipeline bundle cache/ cache.tar.zst
       sha256sum --check cache.tar.zst.sha256
     """
+    from stages.local_files import check_apart
     from storage.bundle import SUFFIX, bundle, checksum_path
     from storage.cache import Cache
     from storage.new_path import check_new_path, local_path
@@ -33,6 +34,7 @@ def command(directory: str, file: str) -> None:
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such directory")
     cache = Cache.open(directory)
+    check_apart(directory, file, "cache")
     shards = cache.manifest.shards
     with Progress("bundling", sum(shards[index].tokens for index in cache.shards_here)) as progress:
         digest = bundle(cache, path, lambda shard: progress.advance(shards[shard].tokens))

@@ -92,7 +92,8 @@ def command(**given: Any) -> None:
     options = GenerateOptions(chat=chat_settings(given), **given)
     prepared = prepare(options)
     left = len(prepared.prompts) - prepared.done
-    there = f"{prepared.done} of {counted(len(prepared.prompts), 'completion')} {are(prepared.done)} there already"
+    verb = are(prepared.done if len(prepared.prompts) > 1 else 1)
+    there = f"{prepared.done} of {counted(len(prepared.prompts), 'completion')} {verb} there already"
     click.echo(f"{there}, {left} to write", err=True)
     click.echo(_sampling_sentence(options.temperature, options.top_p, options.seed, own_sampling(options)), err=True)
     new = 0

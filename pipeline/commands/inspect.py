@@ -84,6 +84,8 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
             f"--position {position}: sequence {sequence} has {counted(len(mask), 'scored position')}, from 0"
         )
     tokenizer = cache_tokenizer(cache)
+    versions = dict(manifest.made_with)
+    why = versions.pop("engine", "")
 
     summary(
         "cache",
@@ -94,7 +96,8 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
             ("data set", manifest.source.get("dataset", "unknown")),
             ("corpus fingerprint", manifest.corpus.fingerprint),
             ("columns", ", ".join(column.name for column in manifest.scoring.columns)),
-            ("made with", ", ".join(f"{name} {version}" for name, version in manifest.made_with.items())),
+            ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
+            ("why this engine", "named by --engine" if why == "--engine" else why or "not stated"),
         ],
     )
     if manifest.scoring.sketch is not None:

@@ -27,4 +27,10 @@ def command(sources: tuple[str, ...], output: str) -> None:
     from stages.derivation import plan_merge
     from storage.cache import Cache
 
-    derive(plan_merge([Cache.open(source) for source in sources]), output, "merging", "not every source has one")
+    derive(
+        plan_merge([Cache.open(source) for source in sources]),
+        output,
+        "merging",
+        "not every source has one",
+        sources=sources,
+    )

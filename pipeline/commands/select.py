@@ -79,5 +79,9 @@ def command(source: str, output: str, sequences: str | None, **given: object) ->
         **given,  # type: ignore[arg-type]
     )
     derive(
-        plan_selection(opened, selection), output, "selecting", "it is known for whole shards of a cache that has one"
+        plan_selection(opened, selection),
+        output,
+        "selecting",
+        "it is known for whole shards of a cache that has one",
+        sources=[source],
     )
