@@ -93,7 +93,8 @@ def _refusing_empty(callback: Callable[[click.Context, click.Parameter, Any], An
     """Return a callback that refuses empty text, which an unset variable of a shell leaves, and then calls this one."""
 
     def check(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-        if "" in (value if isinstance(value, (tuple, list)) else (value,)):
+        is_given = param.name is not None and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
+        if is_given and "" in (value if isinstance(value, (tuple, list)) else (value,)):
             name = max(param.opts, key=len) if isinstance(param, click.Option) else param.make_metavar(ctx)
             raise UserError(f"{name} is empty; give it a value, or check the variable that it stands for")
         return callback(ctx, param, value) if callback else value

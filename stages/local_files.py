@@ -123,8 +123,8 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror or error}.") from error
 
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        here = Path(place)
+    for reached, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        here = Path(reached)
         if here.is_symlink() and any(os.path.samefile(here, above) for above in _above(here, folder)):
             raise UserError(f"{here} is a link back to a folder that it lies in; remove it.")
         hidden = [name for name in folders if name.startswith((".", "__"))]

@@ -11,3 +11,8 @@ def counted(count: int, noun: str, form: str = "") -> str:
 def are(count: int) -> str:
     """Return the verb that belongs to a count: 1 is, 2 are."""
     return "is" if count == 1 else "are"
+
+
+def part_of(count: int, total: int, noun: str) -> str:
+    """Return how many of all, with the verb: 0 of 1 shard is, 1 of 3 shards is, 2 of 3 shards are."""
+    return f"{count} of {counted(total, noun)} {are(count if total > 1 else 1)}"

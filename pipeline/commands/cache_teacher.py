@@ -13,7 +13,7 @@ from pipeline.progress import Progress, printable
 from pipeline.reports import show_cache
 from pipeline.shared_options import chat_options, chat_settings, engine_options
 from pipeline.signals import saying
-from storage.words import are, counted
+from storage.words import counted, part_of
 
 if TYPE_CHECKING:
     from stages.cache_options import CacheOptions
@@ -252,7 +252,7 @@ def command(**given: Any) -> None:
         click.echo(f"{counted(total, 'shard')} to score", err=True)
     else:
         click.echo(
-            f"{total - waiting} of {counted(total, 'shard')} {are(total - waiting)} done already, {waiting} to score",
+            f"{part_of(total - waiting, total, 'shard')} done already, {waiting} to score",
             err=True,
         )
     try:

@@ -11,7 +11,7 @@ from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, summary
 from pipeline.shared_options import chat_options, chat_settings
 from pipeline.signals import saying
-from storage.words import are, counted
+from storage.words import part_of
 
 if TYPE_CHECKING:
     from stages.generation import PreparedGeneration
@@ -92,9 +92,8 @@ def command(**given: Any) -> None:
     options = GenerateOptions(chat=chat_settings(given), **given)
     prepared = prepare(options)
     left = len(prepared.prompts) - prepared.done
-    verb = are(prepared.done if len(prepared.prompts) > 1 else 1)
-    there = f"{prepared.done} of {counted(len(prepared.prompts), 'completion')} {verb} there already"
-    click.echo(f"{there}, {left} to write", err=True)
+    there = part_of(prepared.done, len(prepared.prompts), "completion")
+    click.echo(f"{there} there already, {left} to write", err=True)
     click.echo(_sampling_sentence(options.temperature, options.top_p, options.seed, own_sampling(options)), err=True)
     new = 0
 
@@ -114,7 +113,7 @@ def command(**given: Any) -> None:
     summary("completions", [*rows, ("tokens written now", new)])
     if made.cut:
         click.echo(
-            f"{made.cut} of {counted(made.completions, 'completion')} {are(made.cut)} cut "
+            f"{part_of(made.cut, made.completions, 'completion')} cut "
             f"(finish_reason: length): cache-teacher trains no end there; a higher --max-new-tokens lets them end",
             err=True,
         )
@@ -134,5 +133,4 @@ def _kept(prepared: PreparedGeneration) -> str:
     done = completions_there(prepared)
     if not done:
         return "no completion was written, so nothing is kept"
-    there = f"{done} of {counted(len(prepared.prompts), 'completion')} {are(done)} kept"
-    return f"{there}; start the same command again to go on"
+    return f"{part_of(done, len(prepared.prompts), 'completion')} kept; start the same command again to go on"

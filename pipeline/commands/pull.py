@@ -31,10 +31,12 @@ def command(url: str, directory: str, shards: str | None, jobs: int) -> None:
       pipeline pull s3://bucket/qwen3-8b-chats cache/
       pipeline pull s3://bucket/qwen3-8b-chats sample/ --shards 0:10
     """
+    from stages.local_files import check_apart
     from storage.cache import Cache
     from storage.transfer import copy_cache
 
     cache = Cache.open(url)
+    check_apart(url, directory, "cache")
     planned = cache.manifest.shards
     wanted = parse_range(shards, "--shards", len(planned), "shard")
     with Progress("pulling", sum(planned[index].tokens for index in wanted)) as progress:

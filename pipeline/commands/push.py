@@ -22,10 +22,12 @@ def command(directory: str, url: str, jobs: int) -> None:
       pipeline push cache/ s3://bucket/qwen3-8b-chats
       pipeline push cache/ hf://datasets/org/qwen3-8b-chats
     """
+    from stages.local_files import check_apart
     from storage.cache import Cache
     from storage.transfer import copy_cache
 
     cache = Cache.open(directory)
+    check_apart(directory, url, "cache")
     shards = cache.manifest.shards
     with Progress("pushing", cache.manifest.corpus.tokens) as progress:
         copied = copy_cache(cache, url, jobs=jobs, progress=lambda shard: progress.advance(shards[shard].tokens))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.words import part_of
 from tests.conftest import Finished, Tiny
 from tests.pipeline.test_bad_input import one_sentence
 
@@ -146,3 +147,73 @@ def test_a_configuration_without_an_end_or_with_a_null(scene: Path, pipeline: Pi
     one_sentence(pipeline("cache-teacher", "--config", "long.yaml"), 2, "long.yaml is longer than")
     (scene / "null.yaml").write_text('output: "a\\0b"\n')
     one_sentence(pipeline("cache-teacher", "--config", "null.yaml"), 2, "null.yaml, line 1", "null character")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_empty_words_and_urls_that_lost_a_slash(
+    name: str, writing: dict[str, list[object]], scene: Path, pipeline: Pipeline
+) -> None:
+    before = sorted(os.listdir(scene))
+    word = {"push": "URL", "pull": "DIR", "unbundle": "DIR", "bundle": "FILE.tar.zst"}.get(name, "--output")
+    one_sentence(pipeline(*writing[name], ""), 2, f"error: {word} is empty")
+    for scheme in ("s3", "file"):
+        given = f"{scheme}:/bucket/x.tar.zst"
+        one_sentence(pipeline(*writing[name], given), 2, f"{given}: is no URL, which has two slashes ({scheme}://")
+    assert sorted(os.listdir(scene)) == before
+
+
+def test_what_is_read_may_be_no_empty_word_either(scene: Path, pipeline: Pipeline, tiny: Tiny) -> None:
+    made = ["--dataset", "rows.jsonl", "-o", "out"]
+    one_sentence(pipeline("cache-teacher", "--teacher", "", *made), 2, "--teacher is empty")
+    one_sentence(pipeline("merge", "a", "", "-o", "out"), 2, "DIR_OR_URL... is empty")
+    (scene / "c.yaml").write_text('revision: ""\n')
+    one_sentence(
+        pipeline("cache-teacher", "--config", "c.yaml", "--teacher", tiny.teacher, *made), 2, "--revision is empty"
+    )
+    for command in ("inspect", "verify"):
+        one_sentence(pipeline(command, "s3:/bucket/x"), 2, "(s3://bucket/x)")
+
+
+def test_nothing_is_written_inside_what_is_read(
+    writing: dict[str, list[object]], cache_path: Path, scene: Path, pipeline: Pipeline, tiny: Tiny
+) -> None:
+    before = sorted(cache_path.rglob("*"))
+    for name, inside in (
+        ("select", "shards/x"),
+        ("train-student", "x"),
+        ("bundle", "x.tar.zst"),
+        ("push", "x"),
+        ("pull", "x"),
+    ):
+        for output in (f"{cache_path}/{inside}", f"file://{cache_path}/{inside}"):
+            if name in ("train-student", "bundle") and "://" in output:
+                continue
+            one_sentence(pipeline(*writing[name], output), 2, f"The output {output} lies inside the cache {cache_path}")
+    assert sorted(cache_path.rglob("*")) == before
+    (scene / "prompts").mkdir()
+    (scene / "prompts" / "a.jsonl").write_text('{"prompt": "x"}\n')
+    ended = pipeline("generate", "--model", tiny.teacher, "--prompts", "prompts", "-o", "prompts/out.jsonl")
+    one_sentence(ended, 2, "prompts/out.jsonl lies inside the data set prompts")
+
+
+def test_what_is_no_cache_is_said_without_options_that_are_not_there(scene: Path, pipeline: Pipeline) -> None:
+    for command in (["inspect"], ["verify"], ["select", "-o", "out"]):
+        ended = pipeline(*command, "nowhere")
+        one_sentence(ended, 2, "nowhere: no such directory; a cache is the directory that `pipeline cache-teacher`")
+        one_sentence(pipeline(*command, "file"), 2, "file: is a file, not a directory; a cache is the directory")
+        assert "--shards" not in ended.err
+
+
+def test_inspect_says_why_the_engine_was_chosen(cache_path: Path, pipeline: Pipeline) -> None:
+    said = pipeline("inspect", cache_path).out
+    made_with = next(line for line in said.splitlines() if "made with" in line)
+    assert "engine" not in made_with
+    assert any("why this engine" in line and "named by --engine" in line for line in said.splitlines()), said
+
+
+def test_a_share_of_one_is_one() -> None:
+    assert [part_of(0, 1, "shard"), part_of(1, 3, "shard"), part_of(2, 3, "shard")] == [
+        "0 of 1 shard is",
+        "1 of 3 shards is",
+        "2 of 3 shards are",
+    ]

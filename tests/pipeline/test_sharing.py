@@ -96,7 +96,7 @@ def test_a_part_to_train_from(pipeline: Pipeline, tiny: Tiny, cache_path: Path, 
     assert files(part) == files(cache_path)
 
 
-@pytest.mark.parametrize("shards", ["6:9", "2:2", "a:b", "3", "-1:2", ""])
+@pytest.mark.parametrize("shards", ["6:9", "2:2", "a:b", "3", "-1:2", " "])
 def test_shards_that_are_none(pipeline: Pipeline, cache_path: Path, tmp_path: Path, shards: str) -> None:
     ended = pipeline("pull", f"file://{cache_path}", tmp_path / "back", "--shards", shards)
     one_sentence(ended, 2, f"--shards {shards}: wants FIRST:STOP", "6 shards")

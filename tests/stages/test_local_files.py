@@ -198,5 +198,7 @@ def test_output_and_data_lie_apart(tmp_path, monkeypatch, data, output, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=says):
         check_apart(data, output)
+    with pytest.raises(UserError, match=says):
+        check_apart(data, f"file://{tmp_path}/{output}")
     for apart in ("cache", "data2/cache", "s3://bucket/data", "database"):
         check_apart(data, apart)

@@ -19,6 +19,8 @@ import pytest
 import zstandard
 
 from stages import counting, sources, text_files
+from stages.corpus import build_corpus
+from stages.pretrained import load_tokenizer
 from stages.sources import decode_columns, load_rows
 from storage.errors import RunError, UserError
 
@@ -191,7 +193,7 @@ def test_tables_are_text_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("a,b\n1,2\n3\n", "line 3 has 1 values where the first line names 2"),
+        ("a,b\n1,2\n3\n", "line 3 has 1 value where the first line names 2"),
         ('text\n"open\n', "line 2 is not a valid row (unexpected end of data)"),
         ("text\rone\rtwo\r", "line 1 is not a valid row"),
     ],
@@ -199,6 +201,43 @@ def test_tables_are_text_as_it_stands(tmp_path):
 def test_broken_tables_name_the_line(tmp_path, content, says):
     (tmp_path / "a.csv").write_text(content)
     assert says in refusal(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"text": "b", "text": "c"}\n',
+            'a.jsonl, line 3 has an object that gives the key "text"',
+        ),
+        (
+            "a.jsonl",
+            '{"text": "b", "te\\u0078t": "c"}',
+            'a.jsonl, line 1 has an object that gives the key "text" twice',
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "role": "tool"}]}',
+            'line 1 has an object that gives the key "role"',
+        ),
+        (
+            "a.json",
+            '[{"text": "a"},\n{"text": "b", "text": "c"}]',
+            'a.json has an object that gives the key "text" twice',
+        ),
+    ],
+)
+def test_a_key_that_an_object_gives_twice_is_refused(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    assert says in refusal(str(tmp_path / name))
+
+
+def test_whole_numbers_and_others_in_two_parquet_files_stay_apart(tmp_path, tiny):
+    write_parquet(tmp_path / "a.parquet", {"input_ids": pa.array([[5, 6, 7]], pa.list_(pa.int64()))})
+    write_parquet(tmp_path / "b.parquet", {"input_ids": pa.array([[5.0, 6.5]], pa.list_(pa.float64()))})
+    with pytest.raises(UserError, match=r"row 1 of .*b\.parquet"):
+        build_corpus(str(tmp_path), load_tokenizer(str(tiny.teacher)))
 
 
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
