@@ -89,17 +89,18 @@ def _debug_option() -> click.Option:
     )
 
 
-def _refusing_empty(callback: Callable[[click.Context, click.Parameter, Any], Any] | None) -> Any:
-    """Return a callback that refuses empty text, which an unset variable of a shell leaves, and then calls this one."""
+@dataclass(frozen=True)
+class _RefusingEmpty:
+    """A callback that refuses empty text, which an unset variable of a shell leaves, and then calls another one."""
 
-    def check(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    then: Callable[[click.Context, click.Parameter, Any], Any] | None
+
+    def __call__(self, ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         is_given = param.name is not None and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
         if is_given and "" in (value if isinstance(value, (tuple, list)) else (value,)):
             name = max(param.opts, key=len) if isinstance(param, click.Option) else param.make_metavar(ctx)
             raise UserError(f"{name} is empty; give it a value, or check the variable that it stands for")
-        return callback(ctx, param, value) if callback else value
-
-    return check
+        return self.then(ctx, param, value) if self.then else value
 
 
 class LazyGroup(click.Group):
@@ -122,9 +123,10 @@ class LazyGroup(click.Group):
         else:
             command = super().get_command(ctx, cmd_name)
         if command is not None and not any("--debug" in param.opts for param in command.params):
-            for param in command.params:
-                param.callback = _refusing_empty(param.callback)
             command.params.append(_debug_option())
+        for param in command.params if command is not None else ():
+            if not isinstance(param.callback, _RefusingEmpty):  # commands share parameters
+                param.callback = _RefusingEmpty(param.callback)
         return command
 
     def resolve_command(
