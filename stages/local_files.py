@@ -93,8 +93,9 @@ def check_apart(source: str, output: str, what: str = "data set", *, may_hold: b
     if read is None or written is None or not read.exists():
         return
     if written == read or read in written.parents:
+        lies = "is" if written == read else "lies inside"
         raise UserError(
-            f"The output {output} lies inside the {what} {source}, so its files would be read as those of the {what}; "
+            f"The output {output} {lies} the {what} {source}, so its files would be read as those of the {what}; "
             "name an output elsewhere."
         )
     if written in read.parents and not may_hold:

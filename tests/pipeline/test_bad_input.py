@@ -558,7 +558,7 @@ def test_a_training_output_that_is_a_file(training: Callable[..., Finished], cac
 
 
 def test_a_training_output_that_is_the_cache(training: Callable[..., Finished], cached: Path) -> None:
-    one_sentence(training(output=cached), 2, "other files")
+    one_sentence(training(output=cached), 2, f"The output {cached} is the cache")
 
 
 # ---- a process of its own ---------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_what_is_no_file(tmp_path):
     ("data", "output", "says"),
     [
         ("data", "data/cache", "lies inside the data set"),
-        ("data", "data", "lies inside the data set"),
+        ("data", "data", "is the data set"),
         ("data", "link/cache", "lies inside the data set"),
         ("data/a.jsonl", "data", "lies inside the output"),
     ],
