@@ -70,6 +70,7 @@ student of them does not learn to stop.
 | roles `gpt`, `model`, `bot`, `chatbot`, `ai` | `assistant` |
 | roles `function`, `observation`, `ipython`, `tool_response` | `tool`, or the template's own name |
 | role `function_call` | an assistant message with that tool call |
+| role `developer` | `system`, where the template does not render it |
 | another role | refused by row and name |
 | content as text parts | joined where the template wants text; text is wrapped where the template wants parts |
 | images, audio and other parts | refused by row |
@@ -77,7 +78,8 @@ student of them does not learn to stop.
 | `reasoning_content`, `reasoning`, `thinking` | the field that the template reads, else before the answer |
 | `weight`, `train`, `trainable`, `training`, `loss` of a message: 0 or false | the message has no loss |
 | a conversational `prompt` and `completion` (lists of messages) | loss on the completion's assistant messages |
-| columns `tools` (a list, or JSON text) and `system` | given to the template |
+| tools without `"type": "function"` around them | wrapped, as APIs give them |
+| columns `tools` (a list, or JSON text), `system` and `chat_template_kwargs` | given to the template |
 | a null that Parquet adds to an object | removed; a null written in JSON stays |
 
 Rows of `input_ids` may have `labels` (-100: no loss), `attention_mask` (padding is cut off), `completion_mask`,

@@ -10,6 +10,7 @@ A message that is not in its rendered turn is refused by row: nothing that a cha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,12 +19,16 @@ from typing import Any
 import numpy as np
 
 from stages.chat_template import CLOSE_THINK, ChatTemplate, Span, Tools, closes_thought, opens_thought
-from stages.chat_turns import Turn, TurnFinder, Undecided, narrowed
+from stages.chat_turns import ThoughtClosed, Turn, TurnFinder, Undecided, narrowed
 from stages.encode import check_text, encode_spans
-from stages.messages import REASONING_FIELDS, Chat, Message, content_text, tool_names
+from stages.messages import REASONING_FIELDS, Chat, Message, content_text, kind_of, tool_names
 from stages.said import is_in, not_rendered, said, squeezed, thought_of, times_named
 from stages.template_gaps import Gap, TemplateGaps
 from storage.errors import UserError
+
+_SWITCH_ON = (
+    "set the template argument that switches thinking on, such as enable_thinking or thinking, or remove the thought"
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,32 @@ class ChatRenderer:
         moment: datetime | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._turns = turns
+        self._turns, self._end_ids, self._moment = turns, tuple(end_ids), moment
+        self._arguments = dict(arguments or {})
+        self._others: dict[str, ChatRenderer] = {}
         ends = {*end_ids, tokenizer.eos_token_id} - {None}
         stops = frozenset(str(tokenizer.convert_ids_to_tokens(int(end))) for end in ends)
         self._template = ChatTemplate(tokenizer, arguments, moment, stops)
         self._finder = TurnFinder(self._template, stops)
         self._gaps = TemplateGaps(self._template)
+
+    def with_arguments(self, arguments: Any, where: str) -> ChatRenderer:
+        """Return a renderer with more variables for the template, those of one row. Raises UserError naming the row."""
+        if not arguments:
+            return self
+        if not isinstance(arguments, dict):
+            raise UserError(
+                f"The chat_template_kwargs of {where} is {kind_of(arguments)}, not an object; mend the row."
+            )
+        key = json.dumps(arguments, sort_keys=True, default=str)
+        if key not in self._others:
+            merged = {**self._arguments, **arguments}
+            given: Any = {"turns": self._turns, "end_ids": self._end_ids, "moment": self._moment}
+            try:
+                self._others[key] = ChatRenderer(self._tokenizer, arguments=merged, **given)
+            except UserError as error:
+                raise UserError(f"In {where}: {error}") from None
+        return self._others[key]
 
     def render(
         self, chat: Chat, where: str = "the chat", tools: Tools = None, *, unfinished: bool = False
@@ -76,7 +101,7 @@ class ChatRenderer:
         if not chat.messages:
             return [Rendered("", [])]
         self._template.source(tools, where)
-        messages = self._template.adapt(chat.messages, tools, where)
+        messages = self._template.adapt(chat.messages, tools, where, unfinished=unfinished)
         wanted = chat.turns
         if not wanted:
             return [self._whole(messages, tools, where)]
@@ -85,6 +110,8 @@ class ChatRenderer:
                 return [self._sequence(messages, tools, where, wanted, unfinished)]
             chosen = wanted[-1:] if self._turns == "last" else wanted
             return self._turn_by_turn(messages, tools, where, chosen, unfinished)
+        except ThoughtClosed as error:
+            raise UserError(f"In {where} {error}; {_SWITCH_ON}.") from error
         except Undecided as error:
             raise UserError(
                 f"The chat template cannot tell which tokens are the assistant's in {where} ({error}); "
@@ -296,10 +323,7 @@ def _check_said(message: Message, before: str, spoken: str, place: str, tools: T
     for what, piece in said(message):
         if not is_in(piece, text_there):
             if closes_thought(before) and (CLOSE_THINK in content_text(message.get("content"))):
-                raise UserError(
-                    f"The generation prompt closes the thought that {place} has; set the template argument that "
-                    "switches thinking on, such as enable_thinking or thinking, or remove the thought."
-                )
+                raise UserError(f"The generation prompt closes the thought that {place} has; {_SWITCH_ON}.")
             raise not_rendered(what, place)
 
 

@@ -57,6 +57,7 @@ class Habits:
     lead: str = ""
     end: str | None = None
     next_header: str | None = None
+    moves_thought: bool = False
 
     def content(self, text: str) -> Any:
         """Return a text as the content of a message, in a form that the template takes."""
@@ -87,6 +88,7 @@ class ChatTemplate:
         self._arguments = dict(arguments or {})
         self._clock = (moment or datetime.now()).strftime
         self._habits: dict[tuple[str, bool], Habits] = {}
+        self._roles: dict[tuple[str, bool, str], bool] = {}
         self.special_tokens = _special_tokens(tokenizer)
         check_template(tokenizer, self._arguments)
 
@@ -139,16 +141,27 @@ class ChatTemplate:
 
     # ---- forms --------------------------------------------------------------------------------------------
 
-    def adapt(self, messages: Sequence[Message], tools: Tools, where: str) -> list[Message]:
-        """Return the messages in the forms that the template takes. Raises UserError naming the row."""
+    def adapt(
+        self, messages: Sequence[Message], tools: Tools, where: str, *, unfinished: bool = False
+    ) -> list[Message]:
+        """Return the messages in the forms that the template takes. Raises UserError naming the row.
+
+        unfinished: the last message was cut when it was written.
+        """
         habits = self.habits(tools)
         places = (f"message {number} in {where}" for number in range(1, len(messages) + 1))
-        return [self._adapted(*each, habits, tools) for each in zip(messages, places, strict=True)]
+        last = len(messages) - 1
+        return [
+            self._adapted(message, place, habits, tools, unfinished=unfinished and number == last)
+            for number, (message, place) in enumerate(zip(messages, places, strict=True))
+        ]
 
-    def _adapted(self, message: Message, place: str, habits: Habits, tools: Tools) -> Message:
+    def _adapted(self, message: Message, place: str, habits: Habits, tools: Tools, *, unfinished: bool) -> Message:
         message = dict(message)
         written = message.pop("written_role", None)
-        if written is not None and self._speaks(written, tools):
+        if message["role"] == "developer":
+            message["role"] = "developer" if self._renders("developer", tools) else "system"
+        elif written is not None and self._speaks(written, tools) and self._renders(written, tools):
             message["role"] = written
         content = message.get("content")
         if message.get("tool_calls"):
@@ -159,12 +172,23 @@ class ChatTemplate:
         elif content is None:
             content = ""
         message["content"] = content if content is None else habits.content(content_text(content))
-        return _with_reasoning(message, habits)
+        return _with_reasoning(message, habits, unfinished)
 
     def _speaks(self, role: str, tools: Tools) -> bool:
         """Return True where the template has this very name for a role."""
         compares = rf"role['\"\]]*\s*(==|!=|in)[^%}}]*['\"]{re.escape(role)}['\"]"
         return f"<|{role}|>" in self.special_tokens or re.search(compares, self.source(tools)) is not None
+
+    def _renders(self, role: str, tools: Tools) -> bool:
+        """Return True where the template renders the content of a message of this role."""
+        key = (self.source(tools), bool(tools), role)
+        if key not in self._roles:
+            content = self.habits(tools).content
+            asked = {"role": "user", "content": content(_USER)}
+            other = {"role": role, "content": content(_NEXT)}
+            chat = [other, asked] if role == "developer" else [asked, other]
+            self._roles[key] = _NEXT in self._try(chat, _PROBE_TOOLS if tools else None, prompt=True)
+        return self._roles[key]
 
     def without_directives(self, text: str, tools: Tools) -> str:
         """Return a content without the words, such as /no_think, that the template obeys and may not render."""
@@ -254,8 +278,19 @@ class ChatTemplate:
             opening=prompted[common:],
             lead=whole[common:at],
             end=self._own_end(_between(whole, _ASSISTANT), _between(within, _ASSISTANT, _NEXT)),
+            moves_thought=self._moves_thought(habits, question, tools),
             next_header=self._at_start(_between(within, _ASSISTANT, _NEXT)),
         )
+
+    def _moves_thought(self, habits: Habits, question: Message, tools: Tools) -> bool:
+        """Return True where the template has its own form for a thought in a field, and prints tags as they are."""
+        if not habits.reasoning:
+            return False
+        answer: Message = {"role": "assistant", "content": habits.content(_ASSISTANT), habits.reasoning[0]: _THOUGHT}
+        tagged = f"{THINK}\n{_THOUGHT}\n{CLOSE_THINK}\n\n{_ASSISTANT}"
+        by_field = self._try([question, answer], tools)
+        by_tags = self._try([question, {"role": "assistant", "content": habits.content(tagged)}], tools)
+        return THINK in by_tags and THINK not in by_field and _THOUGHT in by_field
 
     def _own_end(self, last: str, within: str) -> str | None:
         """Return the special token that follows an answer both at the end of a chat and within it."""
@@ -377,15 +412,23 @@ def _without_thought(message: Message, habits: Habits) -> Any:
     return "" if FOLDED in message else message.get("content")
 
 
-def _with_reasoning(message: Message, habits: Habits) -> Message:
+def _with_reasoning(message: Message, habits: Habits, unfinished: bool) -> Message:
     """Return the message with its reasoning in the field that the template reads, or before its text."""
-    reasoning = reasoning_of(message)
+    reasoning, text = reasoning_of(message), content_text(message["content"])
     if reasoning is None:
+        thought, closed, answer = text.rpartition(CLOSE_THINK)
+        if habits.opens_thinking and closed and THINK not in thought:
+            # A completion as the teacher writes it: the generation prompt has the opening.
+            message["content"] = habits.content(f"{THINK}\n{text.lstrip()}")
+        elif habits.moves_thought and closed and thought.lstrip().startswith(THINK):
+            message[habits.reasoning[0]] = thought.lstrip().removeprefix(THINK).strip()
+            message["content"] = habits.content(answer.strip())
         return message
     given = next(name for name in REASONING_FIELDS if message.get(name))
     if not habits.reasoning and habits.opens_thinking:
-        text = content_text(message["content"])
-        message["content"] = habits.content(f"{THINK}\n{reasoning.strip()}\n{CLOSE_THINK}\n\n{text}")
+        # A thought that was cut has no end.
+        end = "" if unfinished and not text.strip() else f"\n{CLOSE_THINK}\n\n{text}"
+        message["content"] = habits.content(f"{THINK}\n{reasoning.strip()}{end}")
         return {key: value for key, value in message.items() if key not in REASONING_FIELDS}
     if habits.reasoning and given not in habits.reasoning:
         message[habits.reasoning[0]] = message.pop(given)

@@ -8,6 +8,7 @@ the prompt, then the finished turn without its header.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -22,16 +23,21 @@ from stages.chat_template import (
     common_length,
     opens_thought,
 )
-from stages.messages import Message, content_text
+from stages.messages import Message, content_text, reasoning_of
 from stages.said import squeezed
-from stages.template_gaps import Gap
+from stages.template_gaps import Gap, worded_message
 
 # No content begins with both.
 _MARKERS = ("\u2603", "\u2604")
+_ONLY_TAGS = re.compile(r"\s|</?think>")
 
 
 class Undecided(Exception):
     """The template does not show which tokens are the assistant's; the text is the reason."""
+
+
+class ThoughtClosed(Undecided):
+    """The generation prompt closes the thought that the last message has."""
 
 
 class Turn(NamedTuple):
@@ -104,14 +110,23 @@ class TurnFinder:
         number = len(messages) - 1
         before = self.before(messages, number, tools, whole)
         by_prompt = not whole.startswith(before)
-        start = self._start(messages, tools, whole, before) if by_prompt else len(before)
+        if by_prompt and closes_thought(before) and _has_thought(messages[number]):
+            raise ThoughtClosed(f"the generation prompt closes the thought that message {number + 1} has")
+        start = len(before)
+        if by_prompt:
+            start = self._start(messages, tools, whole, before)
+            self._check_start(messages, tools)
         folded = messages[number].get(FOLDED, "")
         content = folded + content_text(messages[number].get("content"))
         stripped = True if folded else None if gaps is None else (number, "thought") in gaps
         rest = _with_thought(content, before, whole[start:], stripped)
         restored = rest != whole[start:]
-        if unfinished and not messages[number].get("tool_calls"):
-            rest = _unfinished(content, before, rest)
+        if unfinished:
+            stop = self.stop(rest, 0, len(rest), tools)
+            if not messages[number].get("tool_calls"):
+                rest = _unfinished(content, reasoning_of(messages[number]) or "", before, rest)
+            elif stop is not None:
+                rest = rest[: stop[0]]
         return LastTurn(before + rest, len(before), by_prompt, restored)
 
     def _start(self, messages: list[Message], tools: Tools, whole: str, before: str) -> int:
@@ -122,7 +137,10 @@ class TurnFinder:
         """
         habits, last = self._template.habits(tools), len(messages) - 1
         header = before.rfind(habits.header) if habits.header else -1
-        base = before[: header + len(habits.header)] if header >= 0 else before.removesuffix(habits.opening)
+        end = header + len(habits.header)
+        # Behind the header a generation prompt opens or closes a thought, and nothing else.
+        is_header = header >= 0 and (before[end:] == habits.opening or not _ONLY_TAGS.sub("", before[end:]))
+        base = before[:end] if is_header else before.removesuffix(habits.opening)
         marker = next(m for m in _MARKERS if not content_text(messages[last].get("content")).startswith(m))
         answer = {"role": "assistant", "content": habits.content(marker)}
         try:
@@ -137,6 +155,22 @@ class TurnFinder:
         if shared < max(len(habits.header), min(4, len(base))):
             raise Undecided(f"message {last + 1} does not continue its generation prompt")
         return start
+
+    def _check_start(self, messages: list[Message], tools: Tools) -> None:
+        """Raise Undecided where the last turn, as `_start` finds it, takes in an earlier message.
+
+        Words that nobody writes stand for the contents, so an earlier message is told from one that says the same.
+        """
+        worded = [worded_message(message, number) for number, message in enumerate(messages)]
+        chat = [message for message, _, _ in worded]
+        try:
+            whole = self._template.render(chat, tools)
+            before = self._template.render(chat[:-1], tools, prompt=True)
+        except Exception as error:  # a template may refuse contents that mean nothing
+            raise Undecided(f"message {len(messages)} does not continue its generation prompt") from error
+        rest = whole[self._start(chat, tools, whole, before) :] if not whole.startswith(before) else ""
+        if any(word in rest for _, words, _ in worded[:-1] for word in words):
+            raise Undecided(f"message {len(messages)} does not continue its generation prompt")
 
     def stop(self, text: str, begin: int, limit: int, tools: Tools) -> Span | None:
         """Return the first token that stops the teacher and begins in `begin..limit`; None without one."""
@@ -216,15 +250,20 @@ def _continued(thought: str, before: str) -> str:
     return thought
 
 
-def _unfinished(content: str, before: str, rest: str) -> str:
+def _has_thought(message: Message) -> bool:
+    return CLOSE_THINK in content_text(message.get("content")) or reasoning_of(message) is not None
+
+
+def _unfinished(content: str, reasoning: str, before: str, rest: str) -> str:
     """Return the turn up to the end of its content, which was cut: what the template writes after it did not happen."""
     opened = content.lstrip().startswith(THINK) or opens_thought(before)
-    if CLOSE_THINK not in content and opened:
+    if CLOSE_THINK not in content and opened and not reasoning:
         # A template takes a thought that was cut for an answer.
         return _continued(content.lstrip(), before)
-    answer = content.rpartition(CLOSE_THINK)[2].rstrip()
-    at = rest.rfind(answer) if answer else -1
+    answer = content.rpartition(CLOSE_THINK)[2].strip()
+    spoken = answer or ("" if CLOSE_THINK in content else reasoning.strip())
+    at = rest.rfind(spoken) if spoken else -1
     if at >= 0:
-        return rest[: at + len(answer)]
+        return rest[: at + len(spoken)]
     closed = rest.rfind(CLOSE_THINK)
     return rest[: closed + len(CLOSE_THINK)] if closed >= 0 else content

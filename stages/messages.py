@@ -101,7 +101,8 @@ def read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"The tools in {where} are not a list of objects; give a list of JSON schemas.")
-    return tools
+    # Teachers know functions in the form in which APIs give them.
+    return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
 def is_chat_text(value: Any) -> bool:
@@ -190,7 +191,7 @@ def _message(value: dict[str, Any], place: str) -> Message:
 
 def _name_role(message: Message, role: str, place: str) -> None:
     """Set the role that a template knows; `tool_call` becomes the assistant's message with that call."""
-    known = ROLES.get(role.lower())
+    known = ROLES.get(role.lower().replace("-", "_"))
     if known == "tool_call":
         known = "assistant"
         if "tool_calls" not in message and "function_call" not in message:
@@ -202,7 +203,7 @@ def _name_role(message: Message, role: str, place: str) -> None:
             f"{place} has the role {role!r}, which is not known; use system, developer, user, assistant or tool."
         )
     message["role"] = known
-    if known == "tool" and role.lower() != "tool":
+    if known == "developer" or (known == "tool" and role.lower() != "tool"):
         message["written_role"] = role  # a template may have a name of its own for it
 
 

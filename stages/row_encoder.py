@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stages.encode import Span
     from stages.messages import Chat
 
+_ROW_ARGUMENTS = "chat_template_kwargs"  # TRL's column of variables for the template
 Cells = Mapping[str, list[Any]]  # a batch of rows by column
 
 
@@ -57,7 +58,7 @@ def find_kind(rows: Rows, options: CorpusOptions) -> Kind:
     if options.tools_column and options.tools_column not in there:
         raise UserError(f"There is no column '{options.tools_column}': {present}; name one of those.")
     tools = options.tools_column or ("tools" if "tools" in there else None)
-    beside = (*([tools] if tools else []), *(["system"] if "system" in there else []))
+    beside = (*([tools] if tools else []), *(name for name in ("system", _ROW_ARGUMENTS) if name in there))
     named: list[Kind] = []
     if options.text_column:
         named.append(Kind("text", (options.text_column,)))
@@ -234,7 +235,9 @@ class RowEncoder:
             tools = read_tools(cells[self.kind.tools][at], where) if self.kind.tools else None
             if "system" in cells:
                 chat = with_system(chat, cells["system"][at], where)
-            pieces += [(at, sequence) for sequence in self.renderer.render(chat, where, tools, unfinished=cut[at])]
+            own = cells[_ROW_ARGUMENTS][at] if _ROW_ARGUMENTS in cells else None
+            renderer = self.renderer.with_arguments(own, where)
+            pieces += [(at, sequence) for sequence in renderer.render(chat, where, tools, unfinished=cut[at])]
         found: dict[int, list[Encoded]] = {at: [] for at in chats}
         encoded = self.renderer.encode([sequence for _, sequence in pieces])
         for (at, sequence), (ids, marks) in zip(pieces, encoded, strict=True):

@@ -34,7 +34,7 @@ class TemplateGaps:
 
         prompt: with the generation prompt, for a chat that is to be answered.
         """
-        worded = [_worded(message, number) for number, message in enumerate(messages)]
+        worded = [worded_message(message, number) for number, message in enumerate(messages)]
         key = (tuple(shape for _, _, shape in worded), len(tools or []), prompt)
         if key not in self._known:
             if len(self._known) >= _MOST_SHAPES:
@@ -58,7 +58,7 @@ def has_thought(content: str) -> bool:
     return CLOSE_THINK in content
 
 
-def _worded(message: Message, number: int) -> tuple[Message, dict[str, Gap], Any]:
+def worded_message(message: Message, number: int) -> tuple[Message, dict[str, Gap], Any]:
     """Return a message of words, the gap that each missing word means, and the shape that decides what is rendered."""
     words: dict[str, Gap] = {}
 

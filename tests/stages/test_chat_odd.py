@@ -240,3 +240,85 @@ def test_what_stands_beside_a_text_prompt_is_not_dropped(tmp_path, beside):
 def test_masks_of_other_trainers_are_refused_by_name(tmp_path, name):
     with pytest.raises(UserError, match=f"The column '{name}' of .* may say which ids have a loss"):
         rows_trained(tmp_path, {"input_ids": [5, 6, 7], name: [1, 1, 1]})
+
+
+# ---- last turns, thoughts and calls that were cut -------------------------------------------------------------
+
+
+def oslo():
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    return answer(None, tool_calls=[{"id": "abcdefghi", "type": "function", "function": function}])
+
+
+@pytest.mark.parametrize("turns", ["all", "each", "last"])
+@pytest.mark.parametrize("family", ["deepseek-v3", "r1-distill", "qwen3", "qwq", "llama3.1", "glm4.5"])
+def test_a_second_call_is_never_taken_for_the_first(family, turns):
+    # In the first two a call after a tool's reply has no header; the others rewrite earlier turns.
+    if family in ("deepseek-v3", "r1-distill") or (family, turns) in (("qwen3", "all"), ("qwq", "all")):
+        refusal(family, [user(), call(), SUNNY, oslo()], turns)
+        return
+    stretches = trained(family, [user(), call(), SUNNY, oslo()], turns)
+    assert "Oslo" in stretches[-1] and "Rome" not in stretches[-1]
+
+
+@pytest.mark.parametrize("content", ["", None])
+@pytest.mark.parametrize("family", ["qwen3", "qwq", "r1-distill", "glm4.5"])
+def test_a_thought_that_was_cut_in_its_field_has_no_end(family, content):
+    (text,) = trained(family, [user(), answer(content, reasoning_content="half a th")], unfinished=True)
+    assert text.endswith("half a th") and "</think>" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "message", "right"),
+    [
+        ("qwen3-thinking", answer("It is 0.", reasoning_content="0"), "0\n</think>\n\nIt is 0."),
+        ("glm4.5", answer("<think>\nIt is\n</think>\n\nIt is"), "\n<think>It is</think>\nIt is"),
+        ("glm4.5", answer(" It is"), "\n<think></think>\nIt is"),
+        ("qwen2.5", call(), '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'),
+    ],
+)
+def test_cut_answers_keep_what_they_say(family, message, right):
+    assert trained(family, [user(), message], unfinished=True) == [right]
+
+
+def test_a_thought_in_tags_goes_to_the_channel_of_harmony():
+    (text,) = trained("harmony", [user(), answer("<think>\nhm\n</think>\n\nok")])
+    assert text == ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>ok<|return|>")
+
+
+def test_bare_tool_schemas_are_wrapped():
+    bare = [{"name": "weather", "description": "", "parameters": {}}]
+    assert read_tools(bare, "row 7") == [{"type": "function", "function": bare[0]}]
+
+
+def test_roles_are_those_that_the_template_renders():
+    observed = [user(), call(), {"role": "observation", "content": "sunny"}, answer("ok")]
+    for family in ("glm4.5", "qwen2.5", "hermes3"):
+        assert trained(family, observed, "last")[0].lstrip("\n").endswith(("ok<|im_end|>", "ok<|user|>"))
+    developer = [{"role": "developer", "content": "Be brief."}, user(), answer("ok")]
+    for family in ("phi3", "gemma3", "qwen2.5"):
+        assert "ok" in trained(family, developer)[0]
+
+
+def test_a_closed_thought_names_the_argument_that_opens_it():
+    family = FAMILIES["qwen3"]
+    tokenizer = make_tokenizer(family)
+    renderer = ChatRenderer(tokenizer, arguments={"enable_thinking": False})
+    with pytest.raises(UserError, match=r"In row 7 the generation prompt closes the thought.*enable_thinking"):
+        renderer.render(read_chat([user(), answer("a", reasoning_content="hm")], "row 7"), "row 7")
+
+
+def test_arguments_of_a_row_reach_its_template(tmp_path):
+    tokenizer = make_tokenizer(FAMILIES["qwen3"])
+    given = (None, {"enable_thinking": False})
+    rows = [{"messages": [user(), answer()], "chat_template_kwargs": arguments} for arguments in given]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus = build_corpus(str(path), tokenizer, CorpusOptions(processes=1))
+    texts = [tokenizer.decode(s.input_ids[1:][s.loss_mask]) for s in corpus.read(0, 2)]
+    assert texts == ["<think>\n\n</think>\n\na<|im_end|>", "a<|im_end|>"]
+    assert corpus.report.unread_columns == ()
+    for wrong, says in (({"enable_thinkng": 1}, "does not read 'enable_thinkng'"), ("x", "is text, not an object")):
+        path.write_text(json.dumps({"messages": [user(), answer()], "chat_template_kwargs": wrong}) + "\n")
+        with pytest.raises(UserError, match=says):
+            build_corpus(str(path), tokenizer, CorpusOptions(processes=1))

@@ -244,7 +244,7 @@ def test_chat(tokenizer, write):
 
 
 def test_turns_and_tools_of_chats(tokenizer, write, tmp_path):
-    tokenizer.chat_template = "{{ tools[0].name if tools else '' }}" + CHATML
+    tokenizer.chat_template = "{{ tools[0].function.name if tools else '' }}" + CHATML
     user, answer = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}
     rows = [
         {"messages": [user, answer, user, answer], "tools": [{"name": "maybe"}]},
