@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from stages.chat_template import CLOSE_THINK, ChatTemplate, Span, Tools, closes_thought, opens_thought
+from stages.chat_template import CLOSE_THINK, ChatTemplate, Tools, closes_thought, opens_thought
 from stages.chat_turns import ThoughtClosed, Turn, TurnFinder, Undecided, narrowed
-from stages.encode import check_text, encode_spans
+from stages.encode import Span, check_text, encode_spans
 from stages.messages import REASONING_FIELDS, Chat, Message, content_text, kind_of, tool_names
 from stages.said import is_in, not_rendered, said, squeezed, thought_of, times_named
 from stages.template_gaps import Gap, TemplateGaps

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from stages.encode import Span
 from stages.messages import REASONING_FIELDS, Message, content_text, reasoning_of
 from storage.errors import UserError
 from storage.json_text import parse_json
 
-Span = tuple[int, int]  # characters [start, end)
 Tools = list[dict[str, Any]] | None
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -17,12 +17,12 @@ from stages.chat_template import (
     FOLDED,
     THINK,
     ChatTemplate,
-    Span,
     Tools,
     closes_thought,
     common_length,
     opens_thought,
 )
+from stages.encode import Span
 from stages.messages import Message, content_text, reasoning_of
 from stages.said import squeezed
 from stages.template_gaps import Gap, worded_message
