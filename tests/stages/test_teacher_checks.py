@@ -16,7 +16,7 @@ from stages import teacher_checks
 from stages.corpus import Sequence
 from stages.distillation_forward import install_distillation
 from stages.engines import Choice, EngineOptions
-from stages.pretrained import load_causal_lm, load_tokenizer
+from stages.pretrained import load_causal_lm, load_config, load_tokenizer
 from stages.statistics import StatisticsOptions, row_statistics
 from stages.teacher import EngineDescription, Scored, ScoredSequence, Teacher
 from stages.teacher_checks import (
@@ -428,7 +428,9 @@ def test_a_context_of_minus_one_has_no_end(tiny: Tiny, tmp_path: Path, pipeline:
 def test_an_empty_name_is_no_teacher(tiny: Tiny, tmp_path: Path, pipeline: Run) -> None:
     given = ("--teacher", "", "--dataset", tiny.corpus, "--output", tmp_path / "cache")
     ended = pipeline("cache-teacher", *given)
-    assert ended.code == 2 and "the name of the model to load a model configuration from is empty" in ended.err
+    assert ended.code == 2 and "--teacher is empty" in ended.err
+    with pytest.raises(UserError, match="the name of the model to load a model configuration from is empty"):
+        load_config("")
 
 
 @pytest.mark.parametrize(
