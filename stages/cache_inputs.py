@@ -25,10 +25,11 @@ DEFAULT_MAX_LENGTH = 2048
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """What is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens. end_ids: the
-    token ids that stop it.
+    """Holds all that is known of a teacher before its weights are read. vocabulary_size: V; max_length: in tokens.
 
-    sketch: what is wanted, its checksum missing until it is known; sketch_bytes: where another cache has it.
+    end_ids: the token ids that stop it. template_time: the time that its chat template is told, that of the cache where
+    it was begun before. sketch: what is wanted, its checksum missing until it is known; sketch_bytes: where another
+    cache has it.
     """
 
     config: PretrainedConfig
@@ -37,6 +38,7 @@ class TeacherFiles:
     vocabulary_size: int
     max_length: int
     end_ids: tuple[int, ...]
+    template_time: datetime | None
     sketch: SketchIdentity | None
     sketch_bytes: bytes | None
 
@@ -71,12 +73,9 @@ def read_teacher(options: CacheOptions) -> TeacherFiles:
     tokenizer = load_tokenizer(options.engine.teacher, **source)
     options.chat.prepare(tokenizer)
     end_ids = load_end_ids(options.engine.teacher, config, **source)
-    return TeacherFiles(config, identity, tokenizer, vocabulary, max_length, end_ids, sketch, sketch_bytes)
-
-
-def template_time(options: CacheOptions, tokenizer: PreTrainedTokenizerBase) -> datetime | None:
-    """Return the time that the chat template is told, that of the cache where it was begun before."""
-    return options.chat.moment(tokenizer, time_there(place(options.output)) if options.output else None)
+    # Once: the corpus and the manifest must have the same moment, also where midnight passes in between.
+    moment = options.chat.moment(tokenizer, time_there(place(options.output)) if options.output else None)
+    return TeacherFiles(config, identity, tokenizer, vocabulary, max_length, end_ids, moment, sketch, sketch_bytes)
 
 
 def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
@@ -94,7 +93,7 @@ def read_corpus(options: CacheOptions, teacher: TeacherFiles) -> Corpus:
             processes=options.processes,
             end_ids=teacher.end_ids,
             template_arguments=options.chat.values(),
-            template_time=template_time(options, teacher.tokenizer),
+            template_time=teacher.template_time,
             head=teacher.vocabulary_size,
             **options.columns,
         ),

@@ -19,8 +19,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What to cache, with whom, how much of it. Lengths in tokens; `max_length` None: 2048 or the teacher's context.
+    """Names the corpus, the teacher and the amount to cache.
 
+    Lengths in tokens; `max_length` None: 2048 or the teacher's context.
     temperatures: besides 1. tail_samples: ids per position; None: DEFAULT_TAIL_SAMPLES, but 0 with a sketch, where
     vLLM's stock API scores, which cannot draw, and with a server, which decided when it was started. top_n: None:
     DEFAULT_TOP_N with samples, no further temperature and no tail_epsilon, else DEFAULT_TOP_N_ALONE. engine: of the

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.cache_inputs import read_corpus, read_teacher, resolve_dtype, template_time
+from stages.cache_inputs import read_corpus, read_teacher, resolve_dtype
 from stages.cache_options import CacheOptions
 from stages.card import card
 from stages.corpus import Corpus, CorpusReport
@@ -151,7 +151,7 @@ def prepare(options: CacheOptions) -> PreparedCache:
             min_n=statistics.min_n,
         ),
         shards=plan_shards(corpus.lengths, options.shard_tokens),
-        source=_source(options) | options.chat.about(template_time(options, files.tokenizer)),
+        source=_source(options) | options.chat.about(files.template_time),
         made_with={**_versions(), "engine": choice.reason},
     )
     sketch_bytes = files.sketch_bytes

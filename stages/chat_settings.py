@@ -15,6 +15,7 @@ from typing import Any
 from stages.chat_template import check_template, tells_time
 from storage.errors import UserError
 from storage.json_text import parse_json
+from storage.manifest import peek_section
 from storage.places import Place
 
 TIME, ARGUMENTS, TEMPLATE = "template_time", "template_arguments", "chat_template"
@@ -72,10 +73,7 @@ class ChatSettings:
 
 def time_there(output: Place) -> str | None:
     """Return the template time of the cache that was begun at this place; None where there is none."""
-    try:
-        found = parse_json((output / "manifest.json").read_bytes())["source"][TIME]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = peek_section(output, "source").get(TIME)
     return found if isinstance(found, str) else None
 
 

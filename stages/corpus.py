@@ -38,7 +38,7 @@ TURNS = ("all", "last", "each")
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """How rows become sequences. Lengths are in tokens; a column left None is found by its usual name.
+    """Settings by which rows become sequences. Lengths are in tokens; a column left None is found by its usual name.
 
     end_ids: token ids that stop the teacher, for the end of an assistant turn. template_arguments: variables of the
     chat template. template_time: the time that the template is told; None for now.

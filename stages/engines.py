@@ -9,7 +9,6 @@ server-prompt-logprobs    any vLLM server: gold and top-N only
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from stages import engine_log
 from stages.statistics import StatisticsOptions
 from stages.teacher import SKETCH_ENGINES, Teacher
 from storage.errors import UserError
+from storage.manifest import peek_section
 from storage.places import Place
 
 if TYPE_CHECKING:
@@ -220,21 +220,12 @@ def instead(choice: Choice, options: EngineOptions, error: EngineNotUsable) -> C
 
 def engine_of(cache: Place) -> str | None:
     """The engine that the manifest in this directory names; None where there is no readable one."""
-    engine = _scoring_there(cache).get("engine")
+    engine = peek_section(cache, "scoring").get("engine")
     return engine if isinstance(engine, str) else None
 
 
 def top_n_of(cache: Place) -> int | None:
     """The top_n of a cache that a server began which allowed no more; None where there is no such cache."""
-    scoring = _scoring_there(cache)
+    scoring = peek_section(cache, "scoring")
     top_n = scoring.get("top_n")
     return top_n if scoring.get("engine") == "server-prompt-logprobs" and isinstance(top_n, int) else None
-
-
-def _scoring_there(cache: Place) -> dict[str, Any]:
-    """Return the scoring of the manifest in this directory; nothing where it cannot be read."""
-    try:
-        found = json.loads((cache / "manifest.json").read_bytes())["scoring"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -53,20 +53,28 @@ def apply_masks(
     return ids[start:stop], mask[start : max(start, stop - 1)]
 
 
-def _flags(value: Any, length: int, where: str) -> np.ndarray:
-    """Return one bool per token."""
+def _booleans(value: Any) -> np.ndarray | None:
+    """Return a list of 0 and 1 as bool; None for anything else."""
     given = value if isinstance(value, (list, np.ndarray)) else None
     if given is None or any(entry not in (0, 1) or isinstance(entry, float) for entry in given):
+        return None
+    return np.asarray(given, dtype=bool)
+
+
+def _flags(value: Any, length: int, where: str) -> np.ndarray:
+    """Return one bool per token."""
+    given = _booleans(value)
+    if given is None:
         raise UserError(f"The mask in {where} is not a list of 0 and 1; mend or remove the row.")
     if len(given) != length:
         raise UserError(f"The mask in {where} has {len(given)} entries for {length} ids; give one for each id.")
-    return np.asarray(given, dtype=bool)
+    return given
 
 
 def _loss_mask(value: Any, length: int, where: str) -> np.ndarray:
     """Return a loss mask as this program writes it: one entry per scored position."""
-    given = value if isinstance(value, (list, np.ndarray)) else None
-    if given is None or any(entry not in (0, 1) or isinstance(entry, float) for entry in given):
+    given = _booleans(value)
+    if given is None:
         raise UserError(f"The loss mask in {where} is not a list of true and false; mend or remove the row.")
     if len(given) != max(0, length - 1):
         hint = "; name a mask with one entry per id completion_mask" if len(given) == length else ""
@@ -74,7 +82,7 @@ def _loss_mask(value: Any, length: int, where: str) -> np.ndarray:
             f"The loss mask in {where} has {len(given)} entries where {length} ids need {max(0, length - 1)}; give one "
             f"for each scored position, the first about the prediction of the second id{hint}."
         )
-    return np.asarray(given, dtype=bool)
+    return given
 
 
 def _from_labels(value: Any, ids: np.ndarray, where: str) -> np.ndarray:

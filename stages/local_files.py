@@ -1,4 +1,4 @@
-"""Which files of a folder are its data: those that `datasets.load_dataset` would take for the split that is asked for.
+"""Choose the data files of a folder: those that `datasets.load_dataset` would take for the split that is asked for.
 
 What is passed over is said, in notes; what cannot be told is refused by name.
 """

@@ -1,4 +1,4 @@
-"""Which characters one match of a pattern may hold side by side, read from the pattern itself.
+"""Read from a pattern the characters that one match of it may hold side by side.
 
 The patterns are those of pre-tokenizers and normalizers, in the syntax of Oniguruma. Between two characters that no
 match holds side by side, no match and no attempt at one looks across: so the text behind does not depend on the text

@@ -1,4 +1,4 @@
-"""Where a long text may be cut so that the ids on both sides are those of the whole.
+"""Find the places to cut a long text so that the ids on both sides are those of the whole.
 
 A tokenizer changes the text (its normalizer), cuts it into pieces (its pre-tokenizer) and encodes each piece alone (its
 model). A cut is safe where neither of the first two looks across it, and where a piece begins; also between two

@@ -1,4 +1,4 @@
-"""Which files of a folder make up which split, as `datasets.load_dataset` finds them: by its card, else by names."""
+"""Find the files of each split of a folder, as `datasets.load_dataset` does: by its card, else by names."""
 
 from __future__ import annotations
 

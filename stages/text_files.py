@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.messages import kind_of
 from stages.rows import first_line
 from storage.errors import UserError
 from storage.words import counted
@@ -172,8 +173,7 @@ def _parses(text: str) -> bool:
 
 
 def _not_an_object(where: str, row: Any) -> str:
-    kind = {list: "a list", str: "text", type(None): "null", bool: "a boolean"}.get(type(row), "a number")
-    return f'{where} is {kind}, not an object; write each row as an object such as {{"text": "..."}}.'
+    return f'{where} is {kind_of(row)}, not an object; write each row as an object such as {{"text": "..."}}.'
 
 
 def _decoded(data: bytes, where: str, *, first: bool) -> str:

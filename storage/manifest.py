@@ -193,7 +193,7 @@ class Manifest(_Model):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: Manifest) -> list[str]:
-        """What differs from `other`, as `name: ours, not theirs`; empty when they are the same cache.
+        """Return the differences from `other`, as `name: ours, not theirs`; empty when they are the same cache.
 
         Another corpus is said in words, and the plan of shards, which follows from it, is then not named.
         """
@@ -304,6 +304,15 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
 def read_manifest(path: Place) -> Manifest:
     """Raises CacheError: missing, not JSON, damaged, or of a newer format version."""
     return _read_model(path, Manifest, "manifest")
+
+
+def peek_section(cache: Place, name: str) -> dict[str, Any]:
+    """Return one section of the manifest in a directory, unchecked; nothing where it cannot be read."""
+    try:
+        found = json.loads((cache / "manifest.json").read_bytes())[name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_receipt(path: Place) -> Receipt:

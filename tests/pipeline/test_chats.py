@@ -1,9 +1,11 @@
 """Chats through the command line: the options of the template, the time that it is told, what the corpus lines say."""
 
 import json
+from datetime import datetime, timedelta
 
 import pytest
 
+from stages import chat_settings
 from tests.conftest import make_model, make_tokenizer
 
 TEMPLATE = (
@@ -53,6 +55,24 @@ def test_a_cache_keeps_its_date(cache, tmp_path):
     assert today.code == 0
     fingerprints = [manifest(tmp_path / name)["corpus"]["fingerprint"] for name in ("cache", "today")]
     assert len(set(fingerprints)) == 2
+
+
+def test_midnight_passes_while_a_cache_is_begun(cache, tmp_path, monkeypatch):
+    """The manifest names the day with which the chats were rendered, so the cache can be resumed."""
+
+    class Clock(datetime):
+        days = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            cls.days += 1  # each look at the clock is a day later
+            return datetime(2026, 11, 26, 23, 59, tzinfo=tz) + timedelta(days=cls.days)
+
+    monkeypatch.setattr(chat_settings, "datetime", Clock)
+    rows = [{"messages": CHAT}]
+    assert cache(rows).code == 0
+    again = cache(rows)
+    assert again.code == 0 and "1 of 1 shard" in again.err, again.err
 
 
 def test_arguments_and_a_template_file(cache, tmp_path):
