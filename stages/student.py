@@ -1,19 +1,12 @@
-"""`pipeline train-student`: everything from options to a saved student and its `metrics.json`.
-
-The output directory has an identity of its own, `run.json`. The same command again goes on from the last checkpoint,
-or says that all is done; another command is refused.
-"""
+"""`pipeline train-student`: everything from options to a saved student and its `metrics.json`."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-import json
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +21,12 @@ from stages.cached_tail import (
     read_sketches,
     sketch_numbers,
 )
-from stages.local_files import check_apart
 from stages.objective import Objective
+from stages.run_identity import METRICS, RUN, previous_run, run_identity
+from stages.trainer_arguments import COMPILE, training_arguments
 from storage.cache import MADE_AGAIN, TAIL_PRIOR, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.files import remove_temporaries, write_json
-from storage.json_text import parse_json
-from storage.new_path import check_new_path, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -44,23 +36,6 @@ if TYPE_CHECKING:
     from stages.tail import Tail
     from stages.training import DistillationTrainer
 
-RUN = "run.json"
-METRICS = "metrics.json"
-
-# What is ours to set, or would undo what the objective relies on.
-_RESERVED = (
-    "output_dir",
-    "remove_unused_columns",
-    "label_names",
-    "label_smoothing_factor",
-    "use_liger_kernel",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "accelerator_config",
-    "auto_find_batch_size",
-)
-# Trainer's own way would compile anew at each step: `compile_body`.
-_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Ids of a packed batch where neither the user nor the longest sequence asks for more.
 PACKED_TOKENS = 4096
 
@@ -185,7 +160,7 @@ def prepare(options: StudentOptions) -> Prepared:
     eval_sketch = None
     if any(len(part.eval_ids) for part in parts) and "sketch_codes" in measured_columns(caches):
         eval_sketch = tail.sketch or read_sketches(caches)
-    checkpoint, finished = _previous_run(options, caches)
+    checkpoint, finished = previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
     note = passed_over(caches, objective.tail) if asked == "auto" and objective.name != "ce" else None
     return Prepared(options, parts, arguments, tail, eval_sketch, plan, lengths, checkpoint, finished, note)
@@ -235,127 +210,6 @@ def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPl
         )
     tokens = options.batch_tokens or max(PACKED_TOKENS, longest)
     return BatchPlan(options.batching, tokens=tokens), lengths  # type: ignore[arg-type]
-
-
-def training_arguments(options: StudentOptions) -> Any:
-    """Our defaults and the user's fields together; raises UserError for a name or a value that is refused."""
-    from transformers import TrainingArguments
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    known = {f.name for f in fields(TrainingArguments) if f.init}
-    for name in options.trainer:
-        if name in _RESERVED:
-            raise UserError(f"--trainer {name}: is set by pipeline train-student itself; leave it out")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"--trainer {name}: transformers.TrainingArguments has no such field{hint}")
-    import torch
-
-    defaults: dict[str, Any] = {
-        # One process reads ahead while the student computes.
-        "dataloader_num_workers": 1,
-        "dataloader_persistent_workers": True,
-        "dataloader_prefetch_factor": 4,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "eval_strategy": "epoch" if options.eval_share > 0 else "no",
-        "logging_steps": 10,
-        "report_to": "none",
-        "save_total_limit": 2,
-        "seed": options.seed,
-    }
-    if "eval_steps" in options.trainer and options.eval_share > 0:
-        defaults["eval_strategy"] = "steps"
-    if options.trainer.get("dataloader_num_workers") == 0:
-        defaults |= {"dataloader_persistent_workers": False, "dataloader_prefetch_factor": None}
-    try:
-        arguments = TrainingArguments(
-            **{name: value for name, value in {**defaults, **options.trainer}.items() if name not in _COMPILE},
-            # Absolute, or a name that begins with ~ would be another place for Trainer than for the rest.
-            output_dir=os.path.abspath(options.output),
-            remove_unused_columns=False,
-            label_names=[],
-            disable_tqdm=True,
-        )
-        # Trainer would make them only once the caches are read.
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"--trainer: {' '.join(str(error).split())[:300]}") from None
-    if arguments.n_gpu > 1:
-        # Several GPUs are one process each (torchrun); Trainer would copy the model to all of them in threads.
-        arguments._n_gpu = 1
-    return arguments
-
-
-def run_identity(options: StudentOptions, caches: Sequence[Cache]) -> dict[str, Any]:
-    """What must agree for a run to be the same run."""
-    path = Path(options.student)
-    name = str(path.resolve()) if path.exists() else options.student
-    identity = {
-        "student": name,
-        "revision": options.revision,
-        "init_from_config": options.init_from_config,
-        "caches": [cache.manifest.cache_id for cache in caches],
-        "shards": [list(cache.shards_here) if cache.is_partial else None for cache in caches],
-        "mix": options.mix,
-        "batching": options.batching,
-        "batch_tokens": options.batch_tokens,
-        "objective": asdict(options.objective),
-        "eval_share": options.eval_share,
-        "seed": options.seed,
-        "dtype": options.dtype,
-        "lora": [options.lora_rank, options.lora_alpha, options.lora_target] if options.lora_rank else None,
-        "trainer": options.trainer,
-    }
-    return json.loads(json.dumps(identity, default=str))
-
-
-def _previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str | None, dict[str, Any] | None]:
-    """The checkpoint to go on from, or the metrics of a run that is already done."""
-    output = local_path(options.output, "a student")
-    check_new_path(output)
-    for cache in caches:
-        check_apart(str(cache.path), options.output, "cache", may_hold=True)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; --output wants a directory")
-    # Hidden files may be what a killed run left of its first one.
-    if not output.is_dir() or all(entry.name[:1] == "." for entry in output.iterdir()):
-        return None, None
-    if not (output / RUN).exists():
-        raise UserError(f"{output}: holds other files and no run of train-student; name a new --output")
-    there, ours = _read_object(output / RUN), run_identity(options, caches)
-    if differing := [key for key in sorted({*there, *ours}) if there.get(key) != ours.get(key)]:
-        raise UserError(
-            f"{output}: holds another run, which differs in {', '.join(differing)}; "
-            "name a new --output or repeat the command that began it"
-        )
-    if (output / METRICS).exists():
-        return None, _read_object(output / METRICS)
-    return last_whole_checkpoint(output), None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged; name a new --output")
-    return value
-
-
-def last_whole_checkpoint(output: Path) -> str | None:
-    """Trainer writes a checkpoint file by file and its state last: without a state that parses, it is not whole."""
-    steps = [int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*") if path.name[11:].isdigit()]
-    for step in sorted(steps, reverse=True):
-        checkpoint = output / f"checkpoint-{step}"
-        try:
-            parse_json((checkpoint / "trainer_state.json").read_bytes())
-        except (OSError, ValueError):
-            continue
-        return str(checkpoint)
-    return None
 
 
 def load_student(prepared: Prepared) -> PreTrainedModel:
@@ -445,7 +299,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    if any(options.trainer.get(name) for name in _COMPILE):
+    if any(options.trainer.get(name) for name in COMPILE):
         backend, mode = options.trainer.get("torch_compile_backend"), options.trainer.get("torch_compile_mode")
         compile_body(trainer.model, backend or "inductor", mode)
     return trainer

@@ -296,7 +296,7 @@ def command(**given: Any) -> None:
 
 def _kept(prepared: Prepared) -> str:
     """Return what of an interrupted run is kept."""
-    from stages.student import last_whole_checkpoint
+    from stages.run_identity import last_whole_checkpoint
 
     checkpoint = last_whole_checkpoint(Path(prepared.options.output))
     if checkpoint is None:

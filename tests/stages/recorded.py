@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from stages.objective import Objective
-from stages.student import StudentOptions, make_trainer, prepare, run_identity
+from stages.run_identity import run_identity
+from stages.student import StudentOptions, make_trainer, prepare
 from storage.files import write_json
 
 

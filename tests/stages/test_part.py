@@ -9,8 +9,9 @@ import pytest
 
 from stages.cached_tail import make_tail
 from stages.objective import Objective
+from stages.run_identity import run_identity
 from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, sequences_here, split_held_out
-from stages.student import StudentOptions, prepare, run_identity
+from stages.student import StudentOptions, prepare
 from storage.cache import Cache
 from storage.errors import CacheError
 from storage.transfer import copy_cache
