@@ -110,13 +110,16 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], tools: Tools, *, prompt: bool = False) -> str:
         """Return the chat as text, with the generation prompt where `prompt`. Raises whatever the template raises."""
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **{"strftime_now": self._clock, **self._arguments},
-        )
+        if self._renders_itself:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **{"strftime_now": self._clock, **self._arguments},
+            )
+        variables = self._variables(messages, tools, prompt=prompt)
+        return _compiled(self.tokenizer.get_chat_template(tools=tools)).render(**variables)
 
     def render_marked(self, messages: Sequence[Message], tools: Tools) -> tuple[str, list[Span]]:
         """Return the chat as text and the spans that `{% generation %}` marks.
@@ -129,15 +132,34 @@ class ChatTemplate:
 
         if not messages:
             return "", []
-        render: Any = chat_template_utils.render_jinja_template  # its annotation says str, it returns two lists
-        rendered, marked = render(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=self.source(tools),
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, "strftime_now": self._clock, **self._arguments},
+        rendered, marked = chat_template_utils._render_with_assistant_indices(
+            compiled_template=_compiled(self.source(tools)), **self._variables(messages, tools, prompt=False)
         )
-        return rendered[0], [(start, end) for start, end in marked[0] if end > start]
+        return rendered, [(start, end) for start, end in marked if end > start]
+
+    @property
+    def _renders_itself(self) -> bool:
+        """True for a tokenizer whose class has an `apply_chat_template` of its own (Mistral's, remote code)."""
+        from transformers import PreTrainedTokenizerBase
+
+        own = getattr(type(self.tokenizer), "apply_chat_template", None)
+        return own is not PreTrainedTokenizerBase.apply_chat_template
+
+    def _variables(self, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> dict[str, Any]:
+        """Return what the template reads.
+
+        `apply_chat_template` of transformers 5.19 passes the same. That of 5.24 drops fields that are None and lets
+        no function through, so that a cache would depend on the version and on the day.
+        """
+        return {
+            "documents": None,
+            **self.tokenizer.special_tokens_map,
+            "strftime_now": self._clock,
+            **self._arguments,
+            "messages": list(messages),
+            "tools": tools,
+            "add_generation_prompt": prompt,
+        }
 
     # ---- forms --------------------------------------------------------------------------------------------
 
@@ -316,6 +338,13 @@ class ChatTemplate:
         """Return the special token that comes first in a text; of several at one place, the longest."""
         places = [(text.index(token), -len(token), token) for token in self.special_tokens if token in text]
         return min(places)[2] if places else None
+
+
+def _compiled(source: str) -> Any:
+    """Return the template as transformers compiles it: in a sandbox, with its filters and `{% generation %}`."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template(source)
 
 
 def check_template(tokenizer: Any, arguments: Mapping[str, Any]) -> None:

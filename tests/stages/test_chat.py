@@ -1,6 +1,7 @@
 """Which tokens of a chat are the assistant's, token by token, for templates of every temper."""
 
 import json
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from stages.chat import ChatRenderer
+from stages.chat_template import ChatTemplate
 from stages.encode import encode_spans
 from stages.messages import read_chat, read_tools
 from storage.errors import UserError
@@ -280,3 +282,25 @@ def test_spans_and_added_special_tokens(tokenizer):
         assert ids.tolist() == added(text)["input_ids"]
         assert added.decode(ids[marks], skip_special_tokens=True) == " there"
         assert marks[-1] and not marks[0] and not unmarked[-1]
+
+
+def test_a_tokenizer_that_renders_by_itself_is_asked(tokenizer):
+    class Shouting(PreTrainedTokenizerFast):
+        def apply_chat_template(self, messages, tools=None, *, tokenize, add_generation_prompt, **variables):
+            text = "".join(f"<|im_start|>{m['role']}\n{m['content']}!<|im_end|>\n" for m in messages)
+            return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+    own = Shouting(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
+    ids, marks = render_chat(own, CHAT[:3])
+    assert marked_runs(own, ids, marks) == ["fine thanks!<|im_end|>"]
+
+
+def test_fields_that_are_none_and_functions_reach_the_template(tokenizer):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{{ strftime_now('%Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.name is defined }}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nFalse{% endif %}"
+    )
+    template = ChatTemplate(tokenizer, moment=datetime(1999, 1, 1))
+    rendered = template.render([{"role": "user", "content": "hi", "name": None}], None)
+    assert rendered == "1999<|im_start|>user\nTruehi<|im_end|>\n"
