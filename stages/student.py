@@ -19,17 +19,18 @@ from stages.cached_tail import (
     measured_columns,
     passed_over,
     read_sketches,
-    sketch_numbers,
 )
 from stages.objective import Objective
-from stages.run_identity import METRICS, RUN, previous_run, run_identity
-from stages.trainer_arguments import COMPILE, training_arguments
+from stages.run_identity import METRICS, RUN, last_whole_checkpoint, previous_run, run_identity
+from stages.student_trainer import cache_names, make_trainer
+from stages.trainer_arguments import training_arguments
 from storage.cache import MADE_AGAIN, TAIL_PRIOR, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.files import remove_temporaries, write_json
+from storage.json_text import without_nan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from stages.batching import BatchPlan
     from stages.sketch import Sketch, Sketches
@@ -86,7 +87,7 @@ class Prepared:
 
     tail: the objective's. eval_sketch: what the held-out KL has for the tail, where it takes a sketch; the same as the
     tail's where that is one. lengths: int64, token ids of each training sequence, cache after cache, where the batches
-    depend on them. passed_over: a sentence on what all caches hold and `--tail auto` could not use.
+    depend on them. tokenizer: the one that is saved with the student. notes: sentences for whoever starts the run.
     """
 
     options: StudentOptions
@@ -98,7 +99,8 @@ class Prepared:
     lengths: np.ndarray | None
     checkpoint: str | None
     finished: dict[str, Any] | None
-    passed_over: str | None = None
+    tokenizer: PreTrainedTokenizerBase
+    notes: list[str] = field(default_factory=list)
 
     @property
     def cache(self) -> Cache:
@@ -124,8 +126,9 @@ def prepare(options: StudentOptions) -> Prepared:
 
     Raises UserError or CacheError, with nothing written.
     """
-    from stages.compatibility import cache_tokenizer, check_head, check_tokenizer
-    from stages.pretrained import load_config, load_tokenizer
+    from stages.compatibility import check_head
+    from stages.context import check_context
+    from stages.pretrained import load_config
     from stages.shard_dataset import split_held_out
 
     arguments = training_arguments(options)
@@ -135,11 +138,9 @@ def prepare(options: StudentOptions) -> Prepared:
     caches = open_caches(paths, options.checksums)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     config = load_config(options.student, **source)
-    if options.init_from_config:
-        cache_tokenizer(caches[0])
-    else:
-        check_tokenizer(caches[0], load_tokenizer(options.student, **source), options.student)
+    tokenizer, notes = _tokenizer(options, caches[0], source)
     check_head(caches[0], config.get_text_config().vocab_size, options.student)
+    check_context(caches, config, options.student)
     if problem := options.objective.problem():
         raise UserError(problem)
     if options.lora_rank is not None and importlib.util.find_spec("peft") is None:
@@ -162,8 +163,28 @@ def prepare(options: StudentOptions) -> Prepared:
         eval_sketch = tail.sketch or read_sketches(caches)
     checkpoint, finished = previous_run(options, caches)
     plan, lengths = _batch_plan(options, parts)
-    note = passed_over(caches, objective.tail) if asked == "auto" and objective.name != "ce" else None
-    return Prepared(options, parts, arguments, tail, eval_sketch, plan, lengths, checkpoint, finished, note)
+    if asked == "auto" and objective.name != "ce" and (note := passed_over(caches, objective.tail)):
+        notes.append(note)
+    return Prepared(options, parts, arguments, tail, eval_sketch, plan, lengths, checkpoint, finished, tokenizer, notes)
+
+
+def _tokenizer(
+    options: StudentOptions, cache: Cache, source: dict[str, Any]
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The tokenizer that is saved with the student, and notes on it: its own, or the cache's where it starts from a
+    configuration. Raises CacheError where the student's is not that of the shards.
+    """
+    from stages.compatibility import cache_tokenizer, check_tokenizer
+    from stages.pretrained import load_tokenizer
+
+    if options.init_from_config:
+        return cache_tokenizer(cache), []
+    own = load_tokenizer(options.student, **source)
+    check_tokenizer(cache, own, options.student)
+    if own.chat_template is not None or cache.manifest.tokenizer.chat_template_sha256 is None:
+        return own, []
+    own.chat_template = cache_tokenizer(cache).chat_template
+    return own, ["the student's tokenizer has no chat template; that of the shards is saved with it"]
 
 
 def open_caches(paths: Sequence[str], checksums: str = "start") -> list[Cache]:
@@ -212,110 +233,11 @@ def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPl
     return BatchPlan(options.batching, tokens=tokens), lengths  # type: ignore[arg-type]
 
 
-def load_student(prepared: Prepared) -> PreTrainedModel:
-    """The student, with weights read or drawn from the seed, and its adapters where it has some."""
-    import torch
-    from transformers import AutoModelForCausalLM, set_seed
-
-    from stages.pretrained import load_causal_lm, load_config
-
-    options = prepared.options
-    dtype = getattr(torch, options.dtype)
-    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    set_seed(options.seed)
-    if options.init_from_config:
-        config = load_config(options.student, **source)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
-    else:
-        model = load_causal_lm(options.student, dtype=dtype, **source)
-    return model if options.lora_rank is None else _with_lora(model, options, options.lora_rank)
-
-
-def _with_lora(model: PreTrainedModel, options: StudentOptions, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    # peft says int and takes any number: adapters are scaled by alpha / rank.
-    alpha: Any = 2 * rank if options.lora_alpha is None else options.lora_alpha
-    target: Any = "all-linear" if options.lora_target == ("all-linear",) else list(options.lora_target)
-    try:
-        return get_peft_model(
-            model,
-            LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=target),
-        )
-    except ValueError as error:
-        raise UserError(f"--lora-target: {' '.join(str(error).split())[:300]}") from None
-
-
-def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> DistillationTrainer:
-    """The trainer of a prepared run, its student loaded and its datasets open."""
-    from transformers import PrinterCallback
-
-    from stages.distillation_forward import compile_body
-    from stages.mixing import Mixture
-    from stages.shard_dataset import Collator, ShardDataset, corpus_threshold
-    from stages.training import DistillationTrainer
-
-    options, parts = prepared.options, prepared.parts
-
-    def opened(cache: Cache, ids: np.ndarray, extra: Sequence[str], source: int) -> ShardDataset:
-        return ShardDataset(cache, ids, extra=extra, source=source, checksums=options.checksums)
-
-    model = load_student(prepared)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    objective = options.objective
-    threshold = None
-    if objective.rank_scope == "corpus":
-        threshold = corpus_threshold([(part.cache, part.train_ids) for part in parts], objective.hard_ratio)
-    sketches = sketch_numbers([part.cache for part in parts])
-    packed = prepared.plan.batching == "packed"
-    eval_dataset: Mixture | None = None
-    eval_collator = None
-    if prepared.held_out:
-        extra = measured_columns([part.cache for part in parts])
-        eval_dataset = Mixture([opened(part.cache, part.eval_ids, extra, i) for i, part in enumerate(parts)])
-        # Easy and hard are split over the whole held-out share, so that no batch size changes a metric.
-        eval_collator = Collator(
-            replace(objective, rank_scope="corpus"),
-            vocabulary,
-            corpus_threshold([(part.cache, part.eval_ids) for part in parts], objective.hard_ratio),
-            sketches=sketches,
-        )
-    trained = [
-        opened(part.cache, part.train_ids, extra_columns(objective, part.cache), i) for i, part in enumerate(parts)
-    ]
-    trainer = DistillationTrainer(
-        model=model,
-        args=prepared.arguments,
-        train_dataset=Mixture(trained, options.mix or None),
-        eval_dataset=eval_dataset,
-        data_collator=Collator(objective, vocabulary, threshold, packed, sketches),
-        eval_collator=eval_collator,
-        eval_sketch=prepared.eval_sketch,
-        objective=objective,
-        tail=prepared.tail,
-        plan=prepared.plan,
-        lengths=prepared.lengths,
-        cache_names=cache_names([part.cache for part in parts]),
-        callbacks=list(callbacks),
-    )
-    trainer.remove_callback(PrinterCallback)
-    if any(options.trainer.get(name) for name in COMPILE):
-        backend, mode = options.trainer.get("torch_compile_backend"), options.trainer.get("torch_compile_mode")
-        compile_body(trainer.model, backend or "inductor", mode)
-    return trainer
-
-
-def cache_names(caches: Sequence[Cache]) -> list[str]:
-    """The caches' directories by their last names, numbered where two have the same."""
-    names = [cache.path.resolve().name for cache in caches]
-    return [name if names.count(name) == 1 else f"{name}-{place + 1}" for place, name in enumerate(names)]
-
-
 def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, evaluate and save; returns what `metrics.json` holds. Raises RunError for a run that breaks off."""
     import torch
 
-    from stages.compatibility import cache_tokenizer
+    from stages.finite_steps import DivergedError
 
     options, caches = prepared.options, [part.cache for part in prepared.parts]
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
@@ -327,6 +249,16 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
         write_json(output / RUN, run_identity(options, caches))
     try:
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
+        metrics = _last_measures(trainer) if prepared.held_out else {}
+        trained = trainer.all_trained_positions()
+        trainer.save_model()
+    except DivergedError as error:
+        checkpoint = last_whole_checkpoint(output)
+        kept = f"{Path(checkpoint).name}, from before it, is kept" if checkpoint else "no checkpoint was written"
+        raise DivergedError(
+            f"{error}: the run has diverged, and no student was saved; {kept}; lower the learning rate, or warm up "
+            "longer, with a new output directory"
+        ) from None
     except torch.OutOfMemoryError:
         smaller = "--batch-tokens" if prepared.plan.batching == "packed" else "--batch-size"
         raise RunError(
@@ -334,30 +266,38 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
             "with a new --output"
         ) from None
     seconds = max(result.metrics["train_runtime"] - trainer.evaluation_seconds, 1e-9)
-    metrics = trainer.evaluate() if prepared.held_out else {}
-    trainer.save_model()
-    report = {
-        "objective": asdict(options.objective),
-        "caches": dict(zip(cache_names(caches), [cache.manifest.cache_id for cache in caches], strict=True)),
-        "shards": {
-            name: [len(cache.shards_here), len(cache.manifest.shards)]
-            for name, cache in zip(cache_names(caches), caches, strict=True)
-        },
-        "teacher": caches[0].manifest.teacher.name,
-        "steps": trainer.state.global_step,
-        "epochs": trainer.state.epoch,
-        # Trainer's mean starts anew when a run is resumed.
-        "train_loss": result.training_loss if prepared.checkpoint is None else None,
-        "train_seconds": seconds,
-        "train_tokens_per_second": trainer.trained_positions / seconds,
-        "held_out_sequences": prepared.held_out,
-        **{name: value for name, value in metrics.items() if _is_measure(name)},
-        "log": trainer.state.log_history,
-    }
+    report = without_nan(
+        {
+            "objective": asdict(options.objective),
+            "caches": dict(zip(cache_names(caches), [cache.manifest.cache_id for cache in caches], strict=True)),
+            "shards": {
+                name: [len(cache.shards_here), len(cache.manifest.shards)]
+                for name, cache in zip(cache_names(caches), caches, strict=True)
+            },
+            "teacher": caches[0].manifest.teacher.name,
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            # Trainer's mean starts anew when a run is resumed.
+            "train_loss": result.training_loss if prepared.checkpoint is None else None,
+            "train_seconds": seconds,
+            "train_tokens_per_second": trained / seconds,
+            "held_out_sequences": prepared.held_out,
+            **{name: value for name, value in metrics.items() if _is_measure(name)},
+            "log": trainer.state.log_history,
+        }
+    )
     if trainer.is_world_process_zero():
-        cache_tokenizer(caches[0]).save_pretrained(output)
+        prepared.tokenizer.save_pretrained(output)
         write_json(output / METRICS, report)
     return report
+
+
+def _last_measures(trainer: DistillationTrainer) -> dict[str, float]:
+    """Measures of the weights that are saved: those of the last step's evaluation, where there was one of these."""
+    state, last = trainer.state, trainer.last_evaluation
+    is_of_last_step = last is not None and last[0] == state.global_step
+    other_weights = trainer.args.load_best_model_at_end and state.best_global_step != state.global_step
+    return last[1] if last is not None and is_of_last_step and not other_weights else trainer.evaluate()
 
 
 def _is_measure(name: str) -> bool:

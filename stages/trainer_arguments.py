@@ -23,6 +23,7 @@ RESERVED = (
     "dataloader_drop_last",
     "accelerator_config",
     "auto_find_batch_size",
+    "logging_nan_inf_filter",
 )
 # Trainer's own way would compile anew at each step: `compile_body`.
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
@@ -66,6 +67,8 @@ def training_arguments(options: StudentOptions) -> Any:
             output_dir=os.path.abspath(options.output),
             remove_unused_columns=False,
             label_names=[],
+            # It would show a loss that is NaN as the mean of the ones before.
+            logging_nan_inf_filter=False,
             disable_tqdm=True,
         )
         # Trainer would make them only once the caches are read.

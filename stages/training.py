@@ -24,6 +24,7 @@ from stages.batching import BatchPlan, EpochBatches
 from stages.decomposition import Decomposition
 from stages.distillation_forward import Head, install_distillation
 from stages.divergence import BUCKET, StudentTerms, at_temperature, divergences, teacher_terms
+from stages.finite_steps import FiniteSteps, check_weights
 from stages.head_loss import head_loss
 from stages.objective import Coefficients, Objective, coefficients, compare, weighted_sum
 from stages.packing import check_packing
@@ -31,6 +32,7 @@ from stages.shard_dataset import Collator, as_tensors, teacher_rows
 from stages.sketch import Sketch, Sketches
 from stages.tail import Tail
 from storage.errors import RunError, UserError
+from storage.json_text import without_nan
 
 # A worker under a fork server has that for a parent and would not notice when the run itself is killed.
 _START_METHOD = "fork" if sys.platform == "linux" else None
@@ -64,6 +66,9 @@ class DistillationTrainer(Trainer):
         cache_names: Sequence[str] = ("",),
         **kwargs: Any,
     ) -> None:
+        config = getattr(kwargs.get("model"), "config", None)
+        # Trainer sets it to its own, which says nothing of how the student is to generate.
+        self._use_cache = getattr(config, "use_cache", None)
         super().__init__(*args, **kwargs)
         self.objective = objective
         self._plan = plan or BatchPlan()
@@ -80,6 +85,9 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = self._over_step
         self._decomposition = Decomposition(self.args.device)
         self._train_loader: _EpochLoader | None = None
+        self._finite = FiniteSteps(self.accelerator)
+        # The step and the measures of the last evaluation.
+        self.last_evaluation: tuple[int, dict[str, float]] | None = None
         self.trained_positions = 0
         self.evaluation_seconds = 0.0
         if self._plan.batching == "packed":
@@ -146,11 +154,50 @@ class DistillationTrainer(Trainer):
         )
         return of_step[torch.where(is_hard, 0, total - 1)]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._finite.add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # Trainer calls this once for each optimiser step, before the optimiser's.
+        self._finite.check(norm, self.state.global_step + 1)
+        return norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as Trainer does. Raises DivergedError, with nothing written, where a weight is not finite."""
+        check_weights(self.model, self.accelerator, self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        config = getattr(self.model, "config", None)
+        if self._use_cache is None or config is None:
+            super()._save(output_dir, state_dict)
+            return
+        while_training, config.use_cache = config.use_cache, self._use_cache
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = while_training
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with the paper's decomposition since the last one: mean TKD, DKD and UNC, easy and hard."""
         if "loss" in logs:
             logs = {**logs, **self._decomposition.take()}
         super().log(logs, start_time)
+        # It goes into trainer_state.json, and JSON has no NaN.
+        self.state.log_history[-1] = without_nan(self.state.log_history[-1])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        self.last_evaluation = self.state.global_step, metrics
+        return metrics
+
+    def all_trained_positions(self) -> int:
+        """Return the positions that all processes trained on since this run was started or resumed."""
+        ours = torch.tensor(self.trained_positions, device=self.args.device)
+        return int(self.accelerator.reduce(ours, reduction="sum"))
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

@@ -277,8 +277,8 @@ def command(**given: Any) -> None:
     for part in prepared.parts:
         if part.cache.is_partial:
             click.echo(_part_sentence(part), err=True)
-    if prepared.passed_over:
-        click.echo(prepared.passed_over, err=True)
+    for note in prepared.notes:
+        click.echo(note, err=True)
     if prepared.finished is not None:
         click.echo(f"{prepared.options.output}: this run is finished already", err=True)
         report = prepared.finished

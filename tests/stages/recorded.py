@@ -12,7 +12,8 @@ import torch
 
 from stages.objective import Objective
 from stages.run_identity import run_identity
-from stages.student import StudentOptions, make_trainer, prepare
+from stages.student import StudentOptions, prepare
+from stages.student_trainer import make_trainer
 from storage.files import write_json
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from stages import student as student_module
+from stages import student_trainer
 from stages.divergence import divergences, student_terms, teacher_terms
 from stages.objective import Objective, coefficients, weighted_sum
 from stages.shard_dataset import as_tensors, teacher_rows
-from stages.student import StudentOptions, load_student, make_trainer, prepare, train
+from stages.student import StudentOptions, prepare, train
+from stages.student_trainer import load_student, make_trainer
 from tests.conftest import Tiny
 
 peft = pytest.importorskip("peft")
@@ -63,7 +65,7 @@ def test_gradients_equal_those_of_the_full_logits(
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **adapters)
     model = peft.get_peft_model(load_student(prepared), config)
     twin = copy.deepcopy(model)
-    monkeypatch.setattr(student_module, "load_student", lambda prepared: model)
+    monkeypatch.setattr(student_trainer, "load_student", lambda prepared: model)
     trainer = make_trainer(prepared)
     batch = as_tensors(next(iter(trainer.get_train_dataloader())))
     trainer.create_optimizer()

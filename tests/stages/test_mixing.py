@@ -14,7 +14,8 @@ import pytest
 from stages.cached_tail import make_tail
 from stages.objective import Objective
 from stages.shard_dataset import as_tensors, corpus_threshold
-from stages.student import StudentOptions, make_trainer, prepare, train
+from stages.student import StudentOptions, prepare, train
+from stages.student_trainer import make_trainer
 from stages.together import check_together
 from storage.cache import Cache
 from storage.errors import CacheError

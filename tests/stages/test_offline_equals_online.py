@@ -17,7 +17,8 @@ from stages.divergence import StudentTerms, divergences, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import NORMALIZATIONS, Objective, coefficients, weighted_sum
 from stages.shard_dataset import Collator, ShardDataset, as_tensors, corpus_threshold, teacher_rows
-from stages.student import StudentOptions, make_trainer, prepare
+from stages.student import StudentOptions, prepare
+from stages.student_trainer import make_trainer
 from tests import reference
 from tests.conftest import VOCABULARY, Tiny
 

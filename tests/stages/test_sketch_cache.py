@@ -25,8 +25,9 @@ from stages.engines import EngineOptions
 from stages.objective import Objective
 from stages.shard_dataset import Collator, ShardDataset, as_tensors, teacher_rows
 from stages.sketch_calibration import from_file
-from stages.student import StudentOptions, make_trainer, train
+from stages.student import StudentOptions, train
 from stages.student import prepare as prepare_student
+from stages.student_trainer import make_trainer
 from stages.summary import summarize
 from storage.cache import Cache
 from storage.errors import CacheError, UserError
@@ -484,10 +485,10 @@ def test_what_the_tail_sketch_needs(
         preparing(cache.path, different.path)
     without = preparing(cache.path, different.path, tail="auto")
     assert without.options.objective.tail == "prior"
-    assert without.passed_over.startswith("--tail auto takes prior: the sketches of these caches differ in rank")
-    assert preparing(cache.path, different.path, tail="prior").passed_over is None
+    assert without.notes[0].startswith("--tail auto takes prior: the sketches of these caches differ in rank")
+    assert preparing(cache.path, different.path, tail="prior").notes == []
     alone = preparing(cache.path, tail="auto")
-    assert alone.options.objective.tail == "sketch" and alone.passed_over is None
+    assert alone.options.objective.tail == "sketch" and alone.notes == []
 
 
 def test_inspect_shows_what_other_ranks_would_do(cache: Cache, pipeline: Callable[..., Finished]) -> None:
