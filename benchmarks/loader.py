@@ -219,7 +219,7 @@ def trainings(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[
     def training(batching: Any) -> Callable[[], int]:
         plan = BatchPlan(batching, batch_size(arguments), max(arguments.batch_tokens, int(lengths.max())))
         batches = iter([])
-        epochs = EpochBatches(mixture, plan, 0, lengths)
+        epochs = EpochBatches(mixture, plan, 0, lengths)  # the first epoch, again and again
         collate = Collator(Objective(), vocabulary, packed=batching == "packed")
 
         def run() -> int:

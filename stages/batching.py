@@ -8,7 +8,7 @@ run that goes on in the middle of an epoch passes over batches without reading t
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -45,12 +45,20 @@ class BatchPlan:
 class EpochBatches(Sampler[list[int]]):
     """The batches of one device, epoch by epoch, as lists of indices into the mixture.
 
-    lengths: int `[len(mixture)]`, token ids of each sequence; not needed for `padded`. Every epoch has the same number
-    of batches, which Trainer counts on. Where packing one needs fewer, some are cut in two; where it needs more,
-    the first epoch's batches come again in another order. Raises UserError for fewer sequences than devices.
+    lengths: int `[len(mixture)]`, token ids of each sequence; not needed for `padded`. epochs: how many there will be,
+    given the batches of one device in each. Trainer counts on every epoch having the same number of batches: as many as
+    the epoch that packs worst; in the others some batches are cut in two. Raises UserError for fewer sequences than
+    devices.
     """
 
-    def __init__(self, mixture: Mixture, plan: BatchPlan, seed: int, lengths: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        mixture: Mixture,
+        plan: BatchPlan,
+        seed: int,
+        lengths: np.ndarray | None = None,
+        epochs: Callable[[int], int] = lambda batches: 1,
+    ) -> None:
         self._mixture = mixture
         self._plan = plan
         self._seed = seed
@@ -60,12 +68,18 @@ class EpochBatches(Sampler[list[int]]):
             raise UserError(
                 f"the caches hold {len(mixture)} sequences to train on, fewer than the {plan.devices} devices"
             )
-        wanted = len(self._made(0))
-        if plan.batching == "packed":
-            # Other orders pack a little better or worse.
-            wanted += wanted // 50
+        self._planned = 1
+        self._count = self._divided(len(self._made(0)))
+        # Only packing takes more batches for one order than for another; mixed caches differ from epoch to epoch.
+        while plan.batching == "packed" and self._planned < epochs(len(self)):
+            self._count = max(self._count, self._divided(len(self._made(self._planned))))
+            self._planned += 1
+
+    def _divided(self, batches: int) -> int:
+        """Batches of an epoch in all, a multiple of the devices."""
+        devices = self._plan.devices
         # One more would have to be empty where every batch holds one sequence; then fewer than `devices` are left out.
-        self._count = min(-(-wanted // plan.devices), len(mixture) // plan.devices) * plan.devices
+        return min(-(-batches // devices), len(self._mixture) // devices) * devices
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -83,12 +97,9 @@ class EpochBatches(Sampler[list[int]]):
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         """Of all devices."""
-        batches = self._made(epoch)
-        if len(batches) > self._count and self._plan.batching == "packed":
-            batches = self._made(0)
-            random = np.random.default_rng([self._seed, epoch])
-            batches = [batches[i] for i in random.permutation(len(batches))]
-        return _levelled(batches, self._count)
+        if self._plan.batching == "packed" and epoch >= self._planned:
+            raise ValueError(f"epoch {epoch} of {self._planned} that were planned")
+        return _levelled(self._made(epoch), self._count)
 
     def _made(self, epoch: int) -> list[list[int]]:
         order, plan = self._mixture.order(self._seed, epoch), self._plan

@@ -1,17 +1,21 @@
 """The run that an output directory holds: `run.json`, its checkpoints, its metrics.
 
-The same command again goes on from the last checkpoint, or says that all is done; another command is refused.
+The same command again resumes from the last checkpoint, or says that all is done; another command is refused, and so is
+one that comes while another is at work there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.local_files import check_apart
+from stages.trainer_arguments import MAY_CHANGE
 from storage.cache import Cache
 from storage.errors import UserError
 from storage.json_text import parse_json
@@ -22,10 +26,13 @@ if TYPE_CHECKING:
 
 RUN = "run.json"
 METRICS = "metrics.json"
+_LOCK = ".lock"
+# Longer values are cut in sentences.
+_SHOWN = 60
 
 
-def run_identity(options: StudentOptions, caches: Sequence[Cache]) -> dict[str, Any]:
-    """What must agree for a run to be the same run."""
+def run_identity(options: StudentOptions, caches: Sequence[Cache], devices: int) -> dict[str, Any]:
+    """What must agree for a run to be the same run. devices: how many train together."""
     path = Path(options.student)
     name = str(path.resolve()) if path.exists() else options.student
     identity = {
@@ -42,13 +49,20 @@ def run_identity(options: StudentOptions, caches: Sequence[Cache]) -> dict[str, 
         "seed": options.seed,
         "dtype": options.dtype,
         "lora": [options.lora_rank, options.lora_alpha, options.lora_target] if options.lora_rank else None,
-        "trainer": options.trainer,
+        # Batches are dealt out to the devices, so fewer of them would see other sequences.
+        "devices": devices,
+        "trainer": {name: value for name, value in options.trainer.items() if name not in MAY_CHANGE},
     }
     return json.loads(json.dumps(identity, default=str))
 
 
-def previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str | None, dict[str, Any] | None]:
-    """The checkpoint to go on from, or the metrics of a run that is already done."""
+def previous_run(
+    options: StudentOptions, caches: Sequence[Cache], devices: int
+) -> tuple[str | None, dict[str, Any] | None]:
+    """The checkpoint to resume from, or the metrics of a run that is already done.
+
+    Raises UserError where the output holds another run, with each difference named, or no run at all.
+    """
     output = local_path(options.output, "a student")
     check_new_path(output)
     for cache in caches:
@@ -60,15 +74,65 @@ def previous_run(options: StudentOptions, caches: Sequence[Cache]) -> tuple[str 
         return None, None
     if not (output / RUN).exists():
         raise UserError(f"{output}: holds other files and no run of train-student; name a new --output")
-    there, ours = _read_object(output / RUN), run_identity(options, caches)
-    if differing := [key for key in sorted({*there, *ours}) if there.get(key) != ours.get(key)]:
+    there, ours = _read_object(output / RUN), run_identity(options, caches, devices)
+    if differing := _differences(there, ours):
         raise UserError(
-            f"{output}: holds another run, which differs in {', '.join(differing)}; "
+            f"{output}: holds another run ({'; '.join(differing[:4])}); "
             "name a new --output or repeat the command that began it"
         )
     if (output / METRICS).exists():
         return None, _read_object(output / METRICS)
     return last_whole_checkpoint(output), None
+
+
+def _differences(there: dict[str, Any], ours: dict[str, Any], under: str = "") -> list[str]:
+    """Each difference with both values: `devices: 2 there, 1 here`."""
+    found = []
+    for key in sorted({*there, *ours}):
+        one, other = there.get(key), ours.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differences(one, other, f"{under}{key} ")
+        elif one != other:
+            found.append(f"{under}{key}: {_shown(one)} there, {_shown(other)} here")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+@contextmanager
+def sole_run(output: Path) -> Iterator[None]:
+    """Hold the output for this process alone, until it ends. Raises UserError where another holds it.
+
+    The system gives the lock back when a process dies. Where a file system has no locks, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = output / _LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(f"{output}: another command trains into it; wait for it, or name a new --output") from None
+        except OSError:
+            break
+        # Its holder removes it, perhaps between the two lines above.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        os.close(file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

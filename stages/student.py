@@ -21,7 +21,7 @@ from stages.cached_tail import (
     read_sketches,
 )
 from stages.objective import Objective
-from stages.run_identity import METRICS, RUN, last_whole_checkpoint, previous_run, run_identity
+from stages.run_identity import METRICS, RUN, last_whole_checkpoint, previous_run, run_identity, sole_run
 from stages.student_trainer import cache_names, make_trainer
 from stages.trainer_arguments import training_arguments
 from storage.cache import MADE_AGAIN, TAIL_PRIOR, Cache
@@ -161,7 +161,7 @@ def prepare(options: StudentOptions) -> Prepared:
     eval_sketch = None
     if any(len(part.eval_ids) for part in parts) and "sketch_codes" in measured_columns(caches):
         eval_sketch = tail.sketch or read_sketches(caches)
-    checkpoint, finished = previous_run(options, caches)
+    checkpoint, finished = previous_run(options, caches, arguments.world_size)
     plan, lengths = _batch_plan(options, parts)
     if asked == "auto" and objective.name != "ce" and (note := passed_over(caches, objective.tail)):
         notes.append(note)
@@ -234,19 +234,33 @@ def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPl
 
 
 def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
-    """Train, evaluate and save; returns what `metrics.json` holds. Raises RunError for a run that breaks off."""
+    """Train, evaluate and save; returns what `metrics.json` holds.
+
+    Raises RunError for a run that breaks off, UserError where another command trains into the same output.
+    """
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    if prepared.arguments.process_index != 0:
+        return _train(prepared, callbacks)
+    output = Path(prepared.options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with sole_run(output):
+        caches = [part.cache for part in prepared.parts]
+        found = previous_run(prepared.options, caches, prepared.arguments.world_size)
+        if found != (prepared.checkpoint, prepared.finished):
+            raise UserError(f"{output}: another command trained into it meanwhile; start the same command again")
+        remove_temporaries(output)
+        write_json(output / RUN, run_identity(prepared.options, caches, prepared.arguments.world_size))
+        return _train(prepared, callbacks)
+
+
+def _train(prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     import torch
 
     from stages.finite_steps import DivergedError
 
     options, caches = prepared.options, [part.cache for part in prepared.parts]
-    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     trainer = make_trainer(prepared, callbacks)
     output = Path(options.output)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(output)
-        write_json(output / RUN, run_identity(options, caches))
     try:
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)
         metrics = _last_measures(trainer) if prepared.held_out else {}
@@ -260,11 +274,7 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
             "longer, with a new output directory"
         ) from None
     except torch.OutOfMemoryError:
-        smaller = "--batch-tokens" if prepared.plan.batching == "packed" else "--batch-size"
-        raise RunError(
-            f"out of memory; lower {smaller} and raise --accumulate to match, then start the same command again "
-            "with a new --output"
-        ) from None
+        raise RunError(f"out of memory; {_smaller(prepared)}") from None
     seconds = max(result.metrics["train_runtime"] - trainer.evaluation_seconds, 1e-9)
     report = without_nan(
         {
@@ -290,6 +300,18 @@ def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict
         prepared.tokenizer.save_pretrained(output)
         write_json(output / METRICS, report)
     return report
+
+
+def _smaller(prepared: Prepared) -> str:
+    """Advice on a run that wants less memory, which the same output takes where it says so."""
+    if prepared.plan.batching == "packed":
+        smaller = "a lower --batch-tokens, raise --accumulate to match"
+    else:
+        smaller = "a lower --batch-size, raise --accumulate to match"
+    anew = f"with {smaller}, and name a new --output"
+    if prepared.options.trainer.get("gradient_checkpointing"):
+        return f"start again {anew}"
+    return f"start the same command again with --trainer gradient_checkpointing=true to resume, or {anew}"
 
 
 def _last_measures(trainer: DistillationTrainer) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -167,7 +168,8 @@ class DistillationTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does. Raises DivergedError, with nothing written, where a weight is not finite."""
-        check_weights(self.model, self.accelerator, self.state.global_step)
+        model: Any = self.model
+        check_weights(model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -203,15 +205,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """The micro-batches of one optimiser step, and its tokens over all devices. Raises what a worker met."""
-        try:
-            batches = list(islice(epoch_iterator, num_batches))
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(
-                "a process that reads shards was killed (out of memory?); start the same command again with smaller "
-                "batches or with --trainer dataloader_num_workers=0"
-            ) from None
+        batches = list(islice(epoch_iterator, num_batches))
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
@@ -246,7 +240,7 @@ class DistillationTrainer(Trainer):
         # Not prepared by accelerate, which would deal the batches out to devices once more.
         self._train_loader = _EpochLoader(
             mixture,
-            batch_sampler=EpochBatches(mixture, plan, self._data_seed, self._lengths),
+            batch_sampler=EpochBatches(mixture, plan, self._data_seed, self._lengths, self._epochs),
             collate_fn=self.data_collator,
             num_workers=workers,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
@@ -260,9 +254,29 @@ class DistillationTrainer(Trainer):
         )
         return self._train_loader
 
+    def _epochs(self, batches: int) -> int:
+        """Epochs of the run, begun ones included, where each has this many batches on a device."""
+        if self.args.max_steps <= 0:
+            return math.ceil(self.args.num_train_epochs)
+        return -(-self.args.max_steps // -(-batches // self.args.gradient_accumulation_steps))
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(max_steps, *args, **kwargs)
+        # A checkpoint brings the intervals of the command that wrote it.
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            # Raised wherever the process is when it hears of the death.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                "a process that reads shards was killed (out of memory?); start the same command again with --trainer "
+                "dataloader_num_workers=0 to resume without one"
+            ) from None
         finally:
             if self._train_loader is not None:
                 self._train_loader.close()

@@ -41,7 +41,10 @@ def run(given: dict[str, Any], *, stop_after: int | None = None) -> list[dict[st
     output = Path(prepared.options.output)
     output.mkdir(exist_ok=True)
     if trainer.is_world_process_zero():
-        write_json(output / "run.json", run_identity(prepared.options, [part.cache for part in prepared.parts]))
+        write_json(
+            output / "run.json",
+            run_identity(prepared.options, [part.cache for part in prepared.parts], prepared.arguments.world_size),
+        )
     seen: list[dict[str, Any]] = []
     compute_loss = trainer.compute_loss
 

@@ -44,8 +44,8 @@ def lengths_of(mixed: Mixture) -> np.ndarray:
     return np.concatenate([sequence_lengths(part.cache) for part in mixed.parts])
 
 
-def epoch(mixed: Mixture, batching: BatchPlan, number: int, seed: int = 1) -> list[list[int]]:
-    batches = EpochBatches(mixed, batching, seed, lengths_of(mixed))
+def epoch(mixed: Mixture, batching: BatchPlan, number: int, seed: int = 1, epochs: int = 3) -> list[list[int]]:
+    batches = EpochBatches(mixed, batching, seed, lengths_of(mixed), lambda batches: epochs)
     batches.set_epoch(number)
     found = list(batches)
     assert len(found) == len(batches)
@@ -124,7 +124,7 @@ def test_every_epoch_has_the_same_number_of_packed_batches(caches: list[Cache]) 
     lengths = lengths_of(mixed)
     counts = set()
     for number in range(50):
-        batches = epoch(mixed, plan("packed"), number)
+        batches = epoch(mixed, plan("packed"), number, epochs=50)
         counts.add(len(batches))
         assert sorted(i for batch in batches for i in batch) == list(range(len(mixed)))
         assert max(lengths[batch].sum() for batch in batches) <= 16
@@ -198,3 +198,57 @@ def test_what_a_worker_gets_is_small_and_reads_the_same(caches: list[Cache], tmp
     after = pickle.loads(sent)[3]
     for name, value in before.__dict__.items():
         np.testing.assert_array_equal(value, after.__dict__[name])
+
+
+class Lengths:
+    """A cache of which only the number of sequences and their shards matter."""
+
+    def __init__(self, sequences: int) -> None:
+        self.shard_of = np.arange(sequences) // 7
+
+    def __len__(self) -> int:
+        return len(self.shard_of)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_packed_mixes_show_every_sequence_that_an_epoch_draws(data: st.DataObject) -> None:
+    """Epoch by epoch, on any number of devices; a later epoch of a mix may need many more batches than the first."""
+    sizes = data.draw(st.lists(st.integers(8, 60), min_size=2, max_size=3))
+    mix = data.draw(st.lists(st.floats(0.05, 1), min_size=len(sizes), max_size=len(sizes)))
+    devices, seed, epochs = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 99)), data.draw(st.integers(1, 6))
+    random = np.random.default_rng(seed)
+    # One cache of short and one of long sequences.
+    lengths = np.concatenate([random.integers(2, 8 if i else 64, size) for i, size in enumerate(sizes)])
+    mixed = Mixture([Lengths(size) for size in sizes], mix)  # type: ignore[list-item]
+    parts = [
+        EpochBatches(mixed, BatchPlan("packed", tokens=64, devices=devices, device=d), seed, lengths, lambda _: epochs)
+        for d in range(devices)
+    ]
+    for number in range(epochs):
+        order = mixed.order(seed, number)
+        found = []
+        for part in parts:
+            part.set_epoch(number)
+            batches = part._epoch_batches(number)[part._plan.device :: devices]
+            assert len(batches) == len(part)
+            assert all(batch and lengths[batch].sum() <= 64 for batch in batches)
+            found += [i for batch in batches for i in batch]
+        assert sorted(found) == sorted(order.tolist())
+
+
+def test_as_many_epochs_are_planned_as_a_run_of_steps_has(caches: list[Cache]) -> None:
+    mixed = mixture(caches)
+    asked: list[int] = []
+
+    def epochs(batches: int) -> int:
+        asked.append(batches)
+        return -(-1000 // batches)
+
+    batches = EpochBatches(mixed, plan("packed"), 1, lengths_of(mixed), epochs)
+    # A thousand steps, however many batches an epoch turned out to have.
+    batches.set_epoch(-(-1000 // len(batches)) - 1)
+    assert len(list(batches)) == len(batches) == asked[-1]
+    batches.set_epoch(-(-1000 // len(batches)))
+    with pytest.raises(ValueError, match="that were planned"):
+        list(batches)

@@ -59,7 +59,7 @@ def test_a_part_is_another_run_than_the_whole(part: Cache, cache_path: Path, tin
     prepared = prepare(options)
     assert prepared.lengths is not None and (prepared.lengths > 0).all()
     np.testing.assert_array_equal(prepared.lengths, sequence_lengths(part)[prepared.parts[0].train_ids])
-    assert run_identity(options, [part]) != run_identity(options, [Cache.open(cache_path)])
+    assert run_identity(options, [part], 1) != run_identity(options, [Cache.open(cache_path)], 1)
 
 
 def test_a_part_without_any_held_out_sequence_is_refused(cache_path: Path, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_the_same_command_again_is_done_and_another_is_refused(
     assert (first.code, again.code, other.code) == (0, 0, 2)
     assert "finished already" in again.err
     assert first.out == again.out
-    assert "differs in trainer" in other.err
+    assert "holds another run (trainer max_steps: 2 there, 3 here)" in other.err
 
 
 def test_trainer_arguments_reach_trainer_from_line_and_file(
