@@ -18,6 +18,20 @@ class FloatRange(click.FloatRange):
         return number
 
 
+class ShareOrWord(FloatRange):
+    """A share, 0..1, or one word that stands for a rule."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(0, 1)
+        self.word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self.word if value == self.word else super().convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"SHARE|{self.word}"
+
+
 class Text(click.ParamType):
     """Text that will be written as UTF-8: bytes of the command line that are none are refused."""
 

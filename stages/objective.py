@@ -14,8 +14,9 @@ The coefficients need the teacher alone, so they are known before the student's 
 
 Normalisation. `group`: the mean over the tokens of the micro-batch, for atkd over each group's own tokens (what the
 paper's released code does; an empty group contributes 0). `token`: the sum over all tokens divided by the number of
-tokens of the whole optimiser step. With the rank scope `global-batch` both are over the whole step, over all its
-micro-batches and devices: tokens that are ranked together are averaged together.
+tokens of the whole optimiser step; with `train_on` over the chosen tokens, divided by the number of these. With the
+rank scope `global-batch` both are over the whole step, over all its micro-batches and devices: tokens that are ranked
+together are averaged together.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Literal, get_args
 import torch
 
 from stages.divergence import Direction, Divergences, StudentTerms, TeacherTerms, divergences
-from stages.ranking import RankScope
+from stages.ranking import HardRatio, RankScope
 from stages.sketch import Sketch, Sketches
 from stages.tail import Compared, Tail, TailChoice
 
@@ -44,17 +45,17 @@ _WHOLE = ("kl", "jsd", "tvd")
 class Objective:
     """What a student is trained towards.
 
-    hard_ratio: share of the tokens, by UNC, that is hard. easy_weight: lambda of atkd. ce_weight: added to any
-    objective, as a mean over the same tokens (with `ce` it adds to the 1 that is there). direction: `reverse` swaps
-    teacher and student in the divergences; ranks stay the teacher's. beta: of jsd. train_on: only these tokens have a
-    loss, and means are over them. temperature: of teacher and student in the divergences, cross-entropy stays at 1;
-    temperature_squared: whether they are multiplied by its square, which keeps the size of the gradients (Hinton et
-    al., 2015). tail: a mode of `stages.tail`, or `auto`, the best one that objective and cache allow. tail_gamma: of
-    the tail `prior`.
+    hard_ratio: share of the tokens, by UNC, that is hard, or `median` (`ranking.hard_threshold`). easy_weight: lambda
+    of atkd. ce_weight: added to any objective, as a mean over the same tokens (with `ce` it adds to the 1 that is
+    there). direction: `reverse` swaps teacher and student in the divergences; ranks stay the teacher's. beta: of jsd.
+    train_on: only these tokens have a loss, and means are over them. temperature: of teacher and student in the
+    divergences, cross-entropy stays at 1; temperature_squared: whether they are multiplied by its square, which keeps
+    the size of the gradients (Hinton et al., 2015). tail: a mode of `stages.tail`, or `auto`, the best one that
+    objective and cache allow. tail_gamma: of the tail `prior`.
     """
 
     name: ObjectiveName = "atkd"
-    hard_ratio: float = 0.5
+    hard_ratio: HardRatio = 0.5
     easy_weight: float = 0.2
     ce_weight: float = 0.0
     rank_scope: RankScope = "micro-batch"
@@ -114,6 +115,12 @@ class Objective:
         return None
 
 
+def chosen_tokens(objective: Objective, is_hard: torch.Tensor) -> int:
+    """Return how many of R rows have a loss. is_hard: bool `[R]`."""
+    hard = int(is_hard.sum())
+    return {"all": len(is_hard), "hard": hard, "easy": len(is_hard) - hard}[objective.train_on]
+
+
 @dataclass
 class Coefficients:
     """Weights of the four terms at each of R rows, float `[R]`, normalisation included."""
@@ -135,15 +142,13 @@ def coefficients(
 ) -> Coefficients:
     """The table above for R rows.
 
-    is_hard: bool `[R]`. step_tokens: tokens of the whole optimiser step, which `token` normalisation divides by
-    (R when None).
+    is_hard: bool `[R]`. step_tokens: chosen tokens of the whole optimiser step, which `token` normalisation divides by
+    (those of the R rows when None).
     """
     hard = is_hard.to(dtype)
     chosen = {"all": torch.ones_like(hard), "hard": hard, "easy": 1.0 - hard}[objective.train_on]
-    if objective.normalize == "group" or step_tokens is None:
-        tokens = chosen.sum() if objective.normalize == "group" else torch.tensor(float(len(hard)))
-    else:
-        tokens = torch.as_tensor(step_tokens)
+    alone = objective.normalize == "group" or step_tokens is None
+    tokens = chosen.sum() if alone else torch.as_tensor(step_tokens)
     mean = chosen / tokens.to(hard).clamp(min=1)
     scale = objective.temperature**2 if objective.temperature_squared else 1.0
     zero, scaled = torch.zeros_like(hard), scale * mean

@@ -15,28 +15,35 @@ import numpy as np
 
 RankScope = Literal["micro-batch", "global-batch", "sequence", "corpus"]
 RANK_SCOPES: tuple[str, ...] = get_args(RankScope)
+# A share of the tokens, 0..1, or the split of the released code.
+HardRatio = float | Literal["median"]
 
 
-def hard_threshold(gold_logprob: np.ndarray, hard_ratio: float) -> float:
-    """The log p(gold) at or below which a token is hard, so that at least `hard_ratio` of the tokens are.
+def hard_threshold(gold_logprob: np.ndarray, hard_ratio: HardRatio) -> float:
+    """Return the log p(gold) at or below which a token is hard, so that at least `hard_ratio` of the tokens are.
 
-    gold_logprob: float `[T]`, nats. The ceil(hard_ratio * T)-th largest UNC is the threshold and ties with it are
-    hard; at 0.5 this is the (upper) median of UNC that the released code of Zhong et al. (ACL 2024) splits at.
+    gold_logprob: float `[T]`, nats. The ceil(hard_ratio * T)-th largest UNC is the threshold and ties with it are hard.
+    `median` is the split of the released code of Zhong et al. (ACL 2024), UNC >= torch.median(UNC), which is the lower
+    one of two middle values: of an even T tokens T / 2 + 1 are hard there, one more than at 0.5; of an odd T the same.
     Returns -inf, no token hard, for a ratio of 0 or no tokens.
     """
-    # Fraction of the decimal text: 0.1 * 30 is 3, not 3.0000000000000004.
-    count = math.ceil(Fraction(str(hard_ratio)) * len(gold_logprob))
+    tokens = len(gold_logprob)
+    if hard_ratio == "median":
+        count = tokens // 2 + (tokens > 0)
+    else:
+        # Fraction of the decimal text: 0.1 * 30 is 3, not 3.0000000000000004.
+        count = math.ceil(Fraction(str(hard_ratio)) * tokens)
     if count == 0:
         return -math.inf
     return float(np.partition(gold_logprob, count - 1)[count - 1])
 
 
-def is_hard(gold_logprob: np.ndarray, hard_ratio: float) -> np.ndarray:
+def is_hard(gold_logprob: np.ndarray, hard_ratio: HardRatio) -> np.ndarray:
     """bool `[T]`: the tokens of one group ranked among themselves."""
     return gold_logprob <= hard_threshold(gold_logprob, hard_ratio)
 
 
-def is_hard_by_sequence(gold_logprob: np.ndarray, counts: Iterable[int], hard_ratio: float) -> np.ndarray:
+def is_hard_by_sequence(gold_logprob: np.ndarray, counts: Iterable[int], hard_ratio: HardRatio) -> np.ndarray:
     """bool `[T]`: ranked within each sequence; `counts` says how many of the T tokens each sequence has."""
     hard = np.zeros(len(gold_logprob), bool)
     start = 0

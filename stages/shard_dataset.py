@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 from stages import ranking
 from stages.divergence import TeacherRows
 from stages.objective import Objective
+from stages.ranking import HardRatio
+from stages.wider_teacher import TeacherArrays, leave_out_beyond
 from storage.cache import Cache
 from storage.errors import CacheError, UserError
 from storage.plan import locate
@@ -205,18 +207,19 @@ class Collator:
     Of arrays, because they leave a worker by value: tensors would pass through shared memory, of which containers have
     little, and through a thread that complains when it is interrupted. `as_tensors` is the rest of the way.
 
-    objective: decides rank scope and hard ratio. vocabulary_size: the student's; entries beyond it join the tail,
-    since no student id stands for them. corpus_threshold: log p(gold) at or below which a token is hard, for the
-    rank scope `corpus`. packed: one row that holds all sequences, told apart by positions that start anew. sketches:
-    for each cache of the run the number of its sketch, which then comes before its codes (`Sketches`); None where all
-    have the same one.
+    objective: decides rank scope and hard ratio. vocabulary_size: the student's. corpus_threshold: log p(gold) at or
+    below which a token is hard, for the rank scope `corpus`. packed: one row that holds all sequences, told apart by
+    positions that start anew. sketches: for each cache of the run the number of its sketch, which then comes before its
+    codes (`Sketches`); None where all have the same one. shares_within: float64 `[C, 2]` of
+    `wider_teacher.shares_within`, where a teacher has more ids than the student.
 
     The batch: `input_ids` int64 `[B, L]`, right-padded with 0, and `lengths` int64 `[B]`, or packed `[1, T]` with
     `position_ids` int64 `[1, T]`;
     `rows` int64 `[R]`, index of each stored position in the flattened input; `sequence_of` int64 `[R]`; `source`
     int64 `[sequences]`, the cache each sequence comes from; `is_hard` bool `[R]`; and the fields of TeacherRows, in
     the dtypes of the shard. With the rank scope `global-batch`, `is_hard` is right where the batch is the whole
-    step, and whoever accumulates or has several devices ranks again (`DistillationTrainer.get_batch_samples`).
+    step, and whoever accumulates or has several devices ranks again (`DistillationTrainer.get_batch_samples`), by
+    `rank_logprob` where that is not `gold_logprob`.
     """
 
     objective: Objective
@@ -224,10 +227,19 @@ class Collator:
     corpus_threshold: float | None = None
     packed: bool = False
     sketches: tuple[int, ...] | None = None
+    shares_within: np.ndarray | None = None
 
     def __call__(self, sequences: Sequence[StoredSequence] | UserError) -> dict[str, np.ndarray] | UserError:
         # What a worker could not read, on its way to the process that reports it.
-        return sequences if isinstance(sequences, UserError) else self.batch(sequences)
+        if isinstance(sequences, UserError):
+            return sequences
+        largest = max(int(s.input_ids.max()) for s in sequences)
+        if largest >= self.vocabulary_size:
+            return CacheError(
+                f"a sequence of the shards holds the token id {largest}, and the student has {self.vocabulary_size} "
+                "ids; use a student with a wider head"
+            )
+        return self.batch(sequences)
 
     def batch(self, sequences: Sequence[StoredSequence]) -> dict[str, np.ndarray]:
         counts = np.array([len(s.positions) for s in sequences])
@@ -237,33 +249,27 @@ class Collator:
         tail_at = None
         if sequences[0].tail_logmass_at is not None:
             tail_at = np.concatenate([s.tail_logmass_at for s in sequences if s.tail_logmass_at is not None])
-        top_ids, top_logprobs = _padded_entries(sequences)
-        if (beyond := top_ids >= self.vocabulary_size).any():
-            lost = np.where(beyond, top_logprobs, -np.inf).astype(np.float32)
-            tail_logmass = np.logaddexp(tail_logmass, np.logaddexp.reduce(lost, axis=1)).astype(np.float32)
-            if tail_at is not None:
-                lost /= self.objective.temperature
-                tail_at = np.logaddexp(tail_at, np.logaddexp.reduce(lost, axis=1)).astype(np.float32)
-            top_logprobs[beyond] = -np.inf
-            top_ids[beyond] = 0
+        samples = entropy = None
+        if sequences[0].tail_samples is not None:
+            samples = np.concatenate([s.tail_samples for s in sequences if s.tail_samples is not None])
+            samples = samples.reshape(len(gold_logprob), -1)
+        if all(s.entropy is not None for s in sequences):
+            entropy = np.concatenate([s.entropy for s in sequences if s.entropy is not None])
+        gold = np.concatenate([s.gold for s in sequences])
+        rows = TeacherArrays(gold, gold_logprob, tail_logmass, *_padded_entries(sequences), tail_at, samples, entropy)
+        source = np.array([s.source for s in sequences])
+        batch["is_hard"] = self._is_hard(gold_logprob, counts)
+        if self.shares_within is not None:
+            # Ranks are the teacher's own.
+            batch["rank_logprob"] = gold_logprob
+            within = np.repeat(self.shares_within[source], counts, axis=0)
+            rows = leave_out_beyond(rows, self.vocabulary_size, within, self.objective.temperature)
         batch |= {
             "rows": np.concatenate([s.positions for s in sequences]) + np.repeat(starts, counts),
             "sequence_of": np.repeat(np.arange(len(sequences)), counts),
-            "source": np.array([s.source for s in sequences]),
-            "is_hard": self._is_hard(gold_logprob, counts),
-            "gold": np.concatenate([s.gold for s in sequences]),
-            "gold_logprob": gold_logprob,
-            "tail_logmass": tail_logmass,
-            "top_ids": top_ids,
-            "top_logprobs": top_logprobs,
+            "source": source,
+            **{name: values for name, values in vars(rows).items() if values is not None},
         }
-        if tail_at is not None:
-            batch["tail_logmass_at"] = tail_at
-        if sequences[0].tail_samples is not None:
-            samples = np.concatenate([s.tail_samples for s in sequences if s.tail_samples is not None])
-            batch["tail_samples"] = samples.reshape(len(gold_logprob), -1)
-            # Like the entries: what the student has no id for is not drawn.
-            batch["tail_samples"][batch["tail_samples"] >= self.vocabulary_size] = -1
         for name in ("sketch_codes", "residual_samples", "residual_mass"):
             if getattr(sequences[0], name) is not None:
                 values = np.concatenate([getattr(s, name) for s in sequences])
@@ -271,8 +277,6 @@ class Collator:
         if self.sketches is not None and "sketch_codes" in batch:
             which = np.repeat([self.sketches[s.source] for s in sequences], counts).astype(np.uint8)
             batch["sketch_codes"] = np.concatenate([which[:, None], batch["sketch_codes"]], 1)
-        if all(s.entropy is not None for s in sequences):
-            batch["entropy"] = np.concatenate([s.entropy for s in sequences if s.entropy is not None])
         return batch
 
     def _inputs(self, sequences: Sequence[StoredSequence]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -336,7 +340,7 @@ def teacher_rows(batch: dict[str, torch.Tensor]) -> TeacherRows:
     )
 
 
-def corpus_threshold(parts: Iterable[tuple[Cache, np.ndarray]], hard_ratio: float) -> float:
+def corpus_threshold(parts: Iterable[tuple[Cache, np.ndarray]], hard_ratio: HardRatio) -> float:
     """The threshold of the rank scope `corpus`: over the stored positions of these sequences, all at once.
 
     parts: caches, each with the ids of its sequences that count.

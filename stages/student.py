@@ -28,6 +28,7 @@ from storage.cache import MADE_AGAIN, TAIL_PRIOR, Cache
 from storage.errors import CacheError, RunError, UserError
 from storage.files import remove_temporaries, write_json
 from storage.json_text import without_nan
+from storage.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -165,7 +166,17 @@ def prepare(options: StudentOptions) -> Prepared:
     plan, lengths = _batch_plan(options, parts)
     if asked == "auto" and objective.name != "ce" and (note := passed_over(caches, objective.tail)):
         notes.append(note)
+    notes += _wider(caches, config.get_text_config().vocab_size)
     return Prepared(options, parts, arguments, tail, eval_sketch, plan, lengths, checkpoint, finished, tokenizer, notes)
+
+
+def _wider(caches: Sequence[Cache], vocabulary_size: int) -> list[str]:
+    """A note where the teacher has more ids than the student."""
+    beyond = max(cache.manifest.vocabulary_size for cache in caches) - vocabulary_size
+    if beyond <= 0:
+        return []
+    ids = counted(beyond, "token id", ",")
+    return [f"the teacher has {ids} more than the student; their mass is left out and the rest renormalised"]
 
 
 def _tokenizer(

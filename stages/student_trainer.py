@@ -62,6 +62,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     from stages.mixing import Mixture
     from stages.shard_dataset import Collator, ShardDataset, corpus_threshold
     from stages.training import DistillationTrainer
+    from stages.wider_teacher import shares_within
 
     options, parts = prepared.options, prepared.parts
 
@@ -76,6 +77,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         threshold = corpus_threshold([(part.cache, part.train_ids) for part in parts], objective.hard_ratio)
     sketches = sketch_numbers([part.cache for part in parts])
     packed = prepared.plan.batching == "packed"
+    within = shares_within([part.cache for part in parts], vocabulary, objective.temperature)
     eval_dataset: Mixture | None = None
     eval_collator = None
     if prepared.held_out:
@@ -87,6 +89,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
             vocabulary,
             corpus_threshold([(part.cache, part.eval_ids) for part in parts], objective.hard_ratio),
             sketches=sketches,
+            shares_within=shares_within([part.cache for part in parts], vocabulary, 1.0),
         )
     trained = [
         opened(part.cache, part.train_ids, extra_columns(objective, part.cache), i) for i, part in enumerate(parts)
@@ -96,7 +99,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         args=prepared.arguments,
         train_dataset=Mixture(trained, options.mix or None),
         eval_dataset=eval_dataset,
-        data_collator=Collator(objective, vocabulary, threshold, packed, sketches),
+        data_collator=Collator(objective, vocabulary, threshold, packed, sketches, within),
         eval_collator=eval_collator,
         eval_sketch=prepared.eval_sketch,
         objective=objective,

@@ -27,7 +27,7 @@ from stages.distillation_forward import Head, install_distillation
 from stages.divergence import BUCKET, StudentTerms, at_temperature, divergences, teacher_terms
 from stages.finite_steps import FiniteSteps, check_weights
 from stages.head_loss import head_loss
-from stages.objective import Coefficients, Objective, coefficients, compare, weighted_sum
+from stages.objective import Coefficients, Objective, chosen_tokens, coefficients, compare, weighted_sum
 from stages.packing import check_packing
 from stages.shard_dataset import Collator, as_tensors, teacher_rows
 from stages.sketch import Sketch, Sketches
@@ -102,7 +102,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch (see Collator for `inputs`). num_items_in_batch: tokens of the whole step."""
+        """The loss of one micro-batch (see Collator for `inputs`). num_items_in_batch: chosen tokens of the step."""
         objective, temperature = self.objective, self.objective.temperature
         weights = self._weights(inputs, num_items_in_batch)
         at_one = rows = teacher_rows(inputs)
@@ -145,14 +145,12 @@ class DistillationTrainer(Trainer):
 
     def _weights(self, inputs: dict[str, torch.Tensor], step_tokens: torch.Tensor | int | None) -> Coefficients:
         """The coefficients of a micro-batch's rows."""
-        is_hard, hard_tokens = inputs["is_hard"], inputs.get("step_hard_tokens")
-        if hard_tokens is None or step_tokens is None:
+        is_hard, groups = inputs["is_hard"], inputs.get("step_groups")
+        if groups is None or step_tokens is None:
             return coefficients(self.objective, is_hard, step_tokens)
         # A weight depends on the group and on the sizes of both, so a stand-in for the step's rows gives them all.
-        total = int(step_tokens)
-        of_step = coefficients(
-            self.objective, torch.arange(total, device=is_hard.device) < hard_tokens.to(is_hard.device), total
-        )
+        total, hard = groups.tolist()
+        of_step = coefficients(self.objective, torch.arange(total, device=is_hard.device) < hard, step_tokens)
         return of_step[torch.where(is_hard, 0, total - 1)]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -204,29 +202,31 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The micro-batches of one optimiser step, and its tokens over all devices. Raises what a worker met."""
+        """The micro-batches of a step, and its tokens with a loss over all devices. Raises what a worker met."""
         batches = list(islice(epoch_iterator, num_batches))
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
         batches = [as_tensors(batch) for batch in batches]
-        tokens = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
         if self.objective.rank_scope == "global-batch":
             self._rank_step(batches, device)
+        chosen = sum(chosen_tokens(self.objective, batch["is_hard"]) for batch in batches)
+        tokens = torch.tensor(chosen, device=device)
         return batches, self.accelerator.reduce(tokens, reduction="sum")
 
     def _rank_step(self, batches: list[dict[str, torch.Tensor]], device: torch.device) -> None:
         """Rank the tokens of the whole step, over micro-batches and devices, and say so in each micro-batch."""
-        ours = torch.cat([batch["gold_logprob"] for batch in batches]).to(device)
+        ranked = [batch.get("rank_logprob", batch["gold_logprob"]) for batch in batches]
+        ours = torch.cat(ranked).to(device)
         # No log-probability is +inf: that is how the padding is told from them.
         everyones = self.accelerator.pad_across_processes(ours, pad_index=float("inf"))
         everyones = self.accelerator.gather(everyones).cpu().numpy()
         everyones = everyones[everyones < np.inf]
         threshold = ranking.hard_threshold(everyones, self.objective.hard_ratio)
-        hard = torch.tensor(int((everyones <= threshold).sum()))
-        for batch in batches:
-            batch["is_hard"] = batch["gold_logprob"] <= threshold
-            batch["step_hard_tokens"] = hard
+        groups = torch.tensor([len(everyones), int((everyones <= threshold).sum())])
+        for batch, logprob in zip(batches, ranked, strict=True):
+            batch["is_hard"] = logprob <= threshold
+            batch["step_groups"] = groups
 
     def get_train_dataloader(self) -> DataLoader:
         plan = replace(

@@ -11,7 +11,7 @@ import click
 
 from pipeline.config_file import config_option, key_value_option
 from pipeline.numbers import format_share
-from pipeline.option_types import SEED, FloatRange
+from pipeline.option_types import SEED, FloatRange, ShareOrWord
 from pipeline.progress import summary
 from pipeline.signals import saying
 from storage.words import counted
@@ -96,8 +96,9 @@ _OBJECTIVE = (
 @click.option(
     "--hard-ratio",
     default=0.5,
-    type=FloatRange(0, 1),
-    help="atkd: share of the tokens, by the teacher's uncertainty, that is hard.",
+    type=ShareOrWord("median"),
+    help="atkd: share of the tokens, by the teacher's uncertainty, that is hard; median is the split of the paper's "
+    "released code, which has one hard token more where their number is even.",
 )
 @click.option(
     "--easy-weight",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import ranking
 from stages.divergence import divergences, student_terms, teacher_terms
-from stages.objective import NORMALIZATIONS, Objective, coefficients, compare, weighted_sum
+from stages.objective import NORMALIZATIONS, Objective, chosen_tokens, coefficients, compare, weighted_sum
 from tests import reference
 from tests.stages.test_divergence import kept_rows, random_pair
 
@@ -174,3 +176,44 @@ def test_auto_becomes_a_tail_that_can_be_had(options: dict, samples: bool, prior
     resolved = Objective(**options).for_cache(has_samples=samples, has_prior=prior)
     assert resolved.tail == chosen
     assert resolved.problem() is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([-0.5, -1.0, -1.5, -2.0, -3.0, -4.5]) | st.floats(-20, -1e-3), min_size=1, max_size=30))
+def test_median_is_the_split_of_torch_median(gold: list[float]) -> None:
+    """Ties too; of an even number of different values one token more is hard than at 0.5."""
+    logprob = np.array(gold, np.float32)
+    # Any quantity that falls with log p orders as UNC does; float32 of 1 - p would tie where log p does not.
+    unc = torch.tensor(-logprob)
+    hard = ranking.is_hard(logprob, "median")
+    np.testing.assert_array_equal(hard, (unc >= unc.median()).numpy())
+    if len(set(logprob.tolist())) == len(logprob):
+        assert hard.sum() == len(gold) // 2 + 1
+        assert ranking.is_hard(logprob, 0.5).sum() == -(-len(gold) // 2)
+
+
+def test_the_median_of_nothing_is_nothing() -> None:
+    assert ranking.hard_threshold(np.zeros(0, np.float32), "median") == -np.inf
+
+
+@pytest.mark.parametrize("name", ["atkd", "kl", "ce", "tkd+dkd"])
+@pytest.mark.parametrize("train_on", ["all", "easy", "hard"])
+def test_token_normalisation_divides_by_the_tokens_that_have_a_loss(name: Any, train_on: Any) -> None:
+    is_hard = torch.tensor([True, False, True, True, False, False, False])
+    objective = Objective(name, normalize="token", train_on=train_on)
+    chosen = chosen_tokens(objective, is_hard)
+    assert chosen == {"all": 7, "easy": 4, "hard": 3}[train_on]
+    alone, of_step = coefficients(objective, is_hard), coefficients(objective, is_hard, 5 * chosen)
+    for field in ("tkd", "dkd", "whole", "ce"):
+        one, other = getattr(alone, field), getattr(of_step, field)
+        torch.testing.assert_close(one, 5 * other)
+        assert set(one[~(is_hard if train_on == "hard" else ~is_hard)].tolist()) <= {0.0} or train_on == "all"
+    total = {"atkd": alone.dkd, "kl": alone.whole, "ce": alone.ce, "tkd+dkd": alone.tkd}[name]
+    weight = {"all": (3 * 0.8 + 4 * 0.2) / 7, "easy": 0.2, "hard": 0.8}[train_on] if name == "atkd" else 1.0
+    assert total.sum().item() == pytest.approx(weight)
+
+
+def test_a_step_without_a_token_that_has_a_loss_is_zero() -> None:
+    objective = Objective("kl", normalize="token", train_on="hard")
+    weights = coefficients(objective, torch.zeros(4, dtype=torch.bool), chosen_tokens(objective, torch.zeros(4).bool()))
+    assert weights.whole.tolist() == [0.0] * 4

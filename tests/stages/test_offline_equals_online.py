@@ -150,8 +150,9 @@ def test_five_steps_of_a_cached_and_of_an_online_student(
     loader: Any = offline.get_train_dataloader()
     drawn: list[list[int]] = []
     for epoch in range(5):
-        loader.batch_sampler.set_epoch(epoch)
-        drawn += list(loader.batch_sampler)
+        if len(drawn) < trainer["max_steps"]:
+            loader.batch_sampler.set_epoch(epoch)
+            drawn += list(loader.batch_sampler)
     offline.train()
 
     teacher, student = load(tiny.teacher), load(tiny.student)
@@ -193,14 +194,3 @@ def test_sequence_scope_ranks_inside_each_sequence(full_cache: Any) -> None:
     for sequence in range(4):
         inside = batch["sequence_of"] == sequence
         assert batch["is_hard"][inside].sum() == np.ceil(0.5 * int(inside.sum()))
-
-
-def test_entries_beyond_a_narrower_student_join_the_tail(full_cache: Any) -> None:
-    """The teacher's head is padded further than the student's: what only it has is mass outside the kept set."""
-    dataset = ShardDataset(full_cache, np.arange(2))
-    sequences = [dataset[0], dataset[1]]
-    whole, narrow = (Collator(Objective(), size).batch(sequences) for size in (VOCABULARY, 400))
-    assert narrow["top_ids"].max() < 400
-    total = np.exp(narrow["top_logprobs"]).sum(1) + np.exp(narrow["tail_logmass"])
-    np.testing.assert_allclose(total, 1, atol=1e-4)
-    np.testing.assert_array_equal(narrow["gold"], whole["gold"])
