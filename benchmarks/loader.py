@@ -197,7 +197,7 @@ def trainings(cache: Any, arguments: argparse.Namespace) -> dict[str, Callable[[
 
     torch.manual_seed(0)
     student = random_qwen3(arguments.vocabulary, arguments.hidden, arguments.layers, tied=True, head_dim=32)
-    vocabulary = install_distillation(student)
+    vocabulary = install_distillation(student).vocabulary_size
     lengths = sequence_lengths(cache)
     mixture = Mixture([ShardDataset(cache, np.arange(len(lengths)))])
 

@@ -2,12 +2,15 @@
 
 Between body and logits a model may cap, scale or bias (Gemma, Cohere, Granite). All of that lives in its own
 `forward`, so the head here *is* that forward: a shallow copy of the model whose body hands through the hidden
-states it is given. Nothing about any architecture is written down, and the cut is checked against the whole model.
+states it is given. Nothing about any architecture is written down, and the cut is checked against the whole model. A
+model that cannot be cut gives its full logits, and a reason is there to be said.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +51,12 @@ class _HandThrough(nn.Module):
 class BodyAndHead:
     """`body(input_ids [B, L]) -> [B, L, H]` and `head(hidden [R, H]) -> logits [R, V]` of one model.
 
-    The head shares the model's parameters (gradients reach them) unless `fp32_head`, which gives it a float32 copy of
-    a half-precision output layer: bf16 logits tie so often that the order inside a top-N is lost.
-    Raises UserError where the model cannot be cut this way.
+    Made by `take_apart`. The head shares the model's parameters (gradients reach them) unless `fp32_head`, which gives
+    it a float32 copy of a half-precision one: bf16 logits tie so often that the order inside a top-N is lost.
+    Raises CutError where the model cannot be cut this way.
     """
+
+    note: str | None = None
 
     def __init__(self, model: PreTrainedModel, *, fp32_head: bool = False) -> None:
         if hasattr(model, "get_base_model"):
@@ -59,9 +64,7 @@ class BodyAndHead:
             model = model.get_base_model()  # type: ignore[operator]
         prefix = _body_name(model)
         if prefix is None or model.get_output_embeddings() is None:
-            raise UserError(
-                f"{type(model).__name__} has no separate body and output layer; score it with --engine vllm"
-            )
+            raise CutError("it has no separate body and output layer")
         self._body: nn.Module = model.get_submodule(prefix)
         # Set by `check` where the head turns out to be its output layer and nothing else.
         self.linear_head: nn.Linear | None = None
@@ -69,13 +72,16 @@ class BodyAndHead:
         self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough(self._body)}
         # One that was put on the instance (a trainer's, an offloader's) runs the whole model, not this copy.
         self._head.__dict__.pop("forward", None)
-        output = model.get_output_embeddings()
-        self._head_dtype = output.weight.dtype
+        self._head_dtype = model.get_output_embeddings().weight.dtype
         if fp32_head and self._head_dtype in (torch.float16, torch.bfloat16):
-            names = [key for key, module in model._modules.items() if module is output]
-            if not names:
-                raise UserError(f"{type(model).__name__} keeps its output layer inside; score it with --engine vllm")
-            self._head._modules[names[0]] = copy.deepcopy(output).float()
+            # All that lies behind the body, projections before the output layer too.
+            self._head.__dict__["_parameters"] = {
+                name: weight if weight is None else nn.Parameter(weight.float(), requires_grad=False)
+                for name, weight in self._head._parameters.items()
+            }
+            for name, part in model._modules.items():
+                if part is not None and name != prefix:
+                    self._head._modules[name] = copy.deepcopy(part).float()
             self._head_dtype = torch.float32
 
     @property
@@ -101,37 +107,126 @@ class BodyAndHead:
         return self._head(inputs_embeds=hidden[None].to(self._head_dtype), use_cache=False).logits[0]
 
     @torch.no_grad()
-    def check(self, model: PreTrainedModel, vocabulary_size: int) -> None:
-        """Raise UserError unless body and head together say what the whole model says on a few tokens."""
-        device = next(model.parameters()).device
-        ids = (torch.arange(8, device=device)[None] * 7919) % vocabulary_size
-        try:
-            whole = model(input_ids=ids, use_cache=False).logits[0].float()
-            hidden = self.body(ids)[0]
-            cut = self.head(hidden).float()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - models raise what they like, of inputs they miss or of dtypes
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-            raise UserError(
-                f"{type(model).__name__} does not score a few token ids on this engine ({reason}); score it in "
-                "float32, or with --engine vllm"
-            ) from None
-        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-        tolerance = (5e-2 if half else 1e-4) * max(1.0, whole.abs().max().item())
-        if cut.shape != whole.shape or (cut - whole).abs().max().item() > tolerance:
-            raise UserError(
-                f"{type(model).__name__} computes its logits in a way this engine does not follow; use --engine vllm"
-            )
-        output = model.get_output_embeddings()
+    def check(self, ids: torch.Tensor, whole: torch.Tensor, output: nn.Module | None) -> None:
+        """Raise CutError unless body and head together give the logits of the whole model.
+
+        ids: int64 `[B, L]`. whole: `[B, L, V]`, what the whole model gives for them. output: its output layer.
+        """
+        hidden = self.body(ids)
+        cut = torch.stack([self.head(row) for row in hidden]).float()
+        if cut.shape != whole.shape or not _close(cut, whole, hidden.dtype):
+            raise CutError("its logits are computed in a way that is not followed")
         # A model that projects its states before the output layer (Electra, RemBERT) may have wider or narrower ones.
-        alone = type(output) is nn.Linear and output.in_features == hidden.shape[-1]
-        if alone and output.weight.dtype == self._head_dtype:
+        if not (type(output) is nn.Linear and output.in_features == hidden.shape[-1]):
+            return
+        if output.weight.dtype == self._head_dtype:
             # Large, so that a cap or a scale cannot hide in rounding.
-            probe = torch.linspace(-1e3, 1e3, 4 * output.in_features, device=device, dtype=self._head_dtype)
+            probe = torch.linspace(-1e3, 1e3, 4 * output.in_features, device=ids.device, dtype=self._head_dtype)
             probe = probe.view(1, 4, -1)
             if torch.equal(self._head(inputs_embeds=probe, use_cache=False).logits, output(probe)):
                 self.linear_head = output
+
+
+class FullLogits:
+    """A model that is not cut: its logits `[B, L, V]` stand in for hidden states, and the head does nothing.
+
+    note: one sentence with the reason.
+    """
+
+    linear_head: nn.Linear | None = None
+
+    def __init__(self, model: PreTrainedModel, reason: str) -> None:
+        self._forward: Callable[..., Any] = model.forward
+        self.head_parameters: list[nn.Parameter] = []
+        self.note = (
+            f"{_name(model)} is not cut into body and head ({reason}): it computes full logits, which takes more memory"
+        )
+
+    def body(self, input_ids: torch.Tensor, **packing: torch.Tensor) -> torch.Tensor:
+        return self._forward(input_ids=input_ids, use_cache=False, **packing).logits
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def compile_body(self, **how: Any) -> None:
+        self._forward = torch.compile(self._forward, **how)
+
+
+class CutError(Exception):
+    """A model cannot be cut into body and head; the text is the reason."""
+
+
+def take_apart(model: PreTrainedModel, *, fp32_head: bool = False) -> BodyAndHead | FullLogits:
+    """Cut a model, or take its full logits where it cannot be cut; compared on a few token ids.
+
+    Raises UserError for a model that gives no logits for token ids alone.
+    """
+    with evaluating(model):
+        ids = probe_ids(model)
+        try:
+            whole = model(input_ids=ids, use_cache=False).logits
+            shape = (*ids.shape, vocabulary_size(model))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - models raise what they like, of inputs they miss or of dtypes
+            raise UserError(f"{_name(model)} does not score a few token ids ({_reason(error)})") from None
+        if not isinstance(whole, torch.Tensor) or tuple(whole.shape) != shape:
+            raise UserError(f"{_name(model)} does not give one logit for each of its {shape[-1]} token ids")
+        try:
+            parts = BodyAndHead(model, fp32_head=fp32_head)
+            parts.check(ids, whole.float(), model.get_output_embeddings())
+            return parts
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a head may miss anything of its body
+            reason = _reason(error)
+            if fp32_head and whole.dtype in (torch.float16, torch.bfloat16):
+                reason += f"; its {str(whole.dtype).removeprefix('torch.')} logits tie where float32 ones would not"
+            return FullLogits(model, reason)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return V, the ids that a model has logits for: as wide as its output layer, padding included."""
+    output = model.get_output_embeddings()
+    weight = getattr(output, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return int(weight.shape[0])
+    return int(model.config.get_text_config().vocab_size)
+
+
+@torch.no_grad()
+def probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """Return ids for a look at a model, int64 `[2, 8]`, spread over the vocabulary, no two alike where there are 16."""
+    size = vocabulary_size(model)
+    return ((torch.arange(16, device=next(model.parameters()).device) * 7919 + 1) % size).view(2, 8)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, so that dropout does not look like a difference, and each part back after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return True where two tensors differ by rounding; NaN is as good as NaN."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    tolerance = (5e-2 if half else 1e-4) * max(1.0, other.nan_to_num(0.0, 0.0, 0.0).abs().max().item())
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _name(model: Any) -> str:
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:150]
 
 
 def _body_name(model: PreTrainedModel) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -244,33 +244,37 @@ def _batch_plan(options: StudentOptions, parts: Sequence[Part]) -> tuple[BatchPl
     return BatchPlan(options.batching, tokens=tokens), lengths  # type: ignore[arg-type]
 
 
-def train(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def train(
+    prepared: Prepared, callbacks: Sequence[TrainerCallback] = (), say: Callable[[str], None] = lambda note: None
+) -> dict[str, Any]:
     """Train, evaluate and save; returns what `metrics.json` holds.
 
-    Raises RunError for a run that breaks off, UserError where another command trains into the same output.
+    say: gets sentences on the loaded student, from the first of several processes. Raises RunError for a run that
+    breaks off, UserError where another command trains into the same output.
     """
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    if prepared.arguments.process_index != 0:
-        return _train(prepared, callbacks)
-    output = Path(prepared.options.output)
+    trainer = make_trainer(prepared, callbacks)
+    if not trainer.is_world_process_zero():
+        return _train(prepared, trainer)
+    for note in trainer.notes:
+        say(note)
+    output, devices = Path(prepared.options.output), prepared.arguments.world_size
     output.mkdir(parents=True, exist_ok=True)
     with sole_run(output):
         caches = [part.cache for part in prepared.parts]
-        found = previous_run(prepared.options, caches, prepared.arguments.world_size)
-        if found != (prepared.checkpoint, prepared.finished):
+        if previous_run(prepared.options, caches, devices) != (prepared.checkpoint, prepared.finished):
             raise UserError(f"{output}: another command trained into it meanwhile; start the same command again")
         remove_temporaries(output)
-        write_json(output / RUN, run_identity(prepared.options, caches, prepared.arguments.world_size))
-        return _train(prepared, callbacks)
+        write_json(output / RUN, run_identity(prepared.options, caches, devices))
+        return _train(prepared, trainer)
 
 
-def _train(prepared: Prepared, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+def _train(prepared: Prepared, trainer: DistillationTrainer) -> dict[str, Any]:
     import torch
 
     from stages.finite_steps import DivergedError
 
     options, caches = prepared.options, [part.cache for part in prepared.parts]
-    trainer = make_trainer(prepared, callbacks)
     output = Path(options.output)
     try:
         result = trainer.train(resume_from_checkpoint=prepared.checkpoint)

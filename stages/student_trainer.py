@@ -58,6 +58,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
     """The trainer of a prepared run, its student loaded and its datasets open."""
     from transformers import PrinterCallback
 
+    from stages.causal_lm import vocabulary_size
     from stages.distillation_forward import compile_body
     from stages.mixing import Mixture
     from stages.shard_dataset import Collator, ShardDataset, corpus_threshold
@@ -70,7 +71,7 @@ def make_trainer(prepared: Prepared, callbacks: Sequence[TrainerCallback] = ()) 
         return ShardDataset(cache, ids, extra=extra, source=source, checksums=options.checksums)
 
     model = load_student(prepared)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     objective = options.objective
     threshold = None
     if objective.rank_scope == "corpus":

@@ -69,6 +69,8 @@ class Teacher(ABC):
 
     vocabulary_size: int
     description: EngineDescription
+    # Sentences on how it scores, for whoever starts the run.
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def score(self, sequences: Sequence[TokenSequence], progress: Callable[[int], None]) -> Scored:

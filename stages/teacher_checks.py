@@ -164,7 +164,8 @@ def refuse_beyond_head(
 def check_causal(teacher: Teacher, corpus: Corpus, name: str) -> None:
     """Refuse a teacher that says of a token what depends on anything but the tokens before it.
 
-    Two sequences that begin with the same ids are scored, and one of them again beside the longest of the corpus.
+    Two sequences that begin with the same ids are scored, one of them again beside the longest of the corpus, and that
+    one twice.
     Raises UserError, and RunError where the scores are no numbers.
     """
     from stages.corpus import Sequence
@@ -191,14 +192,23 @@ def check_causal(teacher: Teacher, corpus: Corpus, name: str) -> None:
             f"{ahead:.2g} nats; a teacher must be a causal language model"
         )
     # Engines that batch by themselves keep sequences apart, and only rounding differs with the batch.
-    if teacher.description.name != "transformers" or len(whole.input_ids) == length:
+    if teacher.description.name != "transformers":
+        return
+
+    first, second = score(whole), score(whole)
+    if (change := float(np.abs(first.gold_logprob - second.gold_logprob).max())) > tolerance:
+        raise UserError(
+            f"{name}: draws at random: the log-probabilities of one sequence change by {change:.2g} nats from one time "
+            "to the next; a teacher must say the same each time"
+        )
+    if len(whole.input_ids) == length:
         return
     # The median, since rounding may send a token to another expert.
-    mates = float(np.median(np.abs(ours.gold_logprob - score(ours.sequence, whole).gold_logprob)))
-    if mates > tolerance:
+    change = float(np.median(np.abs(ours.gold_logprob - score(ours.sequence, whole).gold_logprob)))
+    if change > tolerance:
         raise UserError(
-            f"{name}: a sequence's log-probabilities change by {mates:.2g} nats with the other sequences of its batch; "
-            "lower --batch-tokens to 2, which scores each sequence alone"
+            f"{name}: a sequence's log-probabilities change by {change:.2g} nats with the other sequences of its "
+            "batch; lower --batch-tokens to 2, which scores each sequence alone"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.causal_lm import BodyAndHead
+from stages.causal_lm import take_apart, vocabulary_size
 from stages.corpus import Sequence as TokenSequence
 from stages.pretrained import is_quantized, load_causal_lm, load_config
 from stages.rope import SequenceRope
@@ -69,9 +69,9 @@ class TransformersTeacher(Teacher):
             loaded = load_causal_lm(model, dtype=getattr(torch, dtype), **source)
             loaded.to(device=self.device)  # type: ignore[call-arg]
         self._model = loaded.eval()
-        self._parts = BodyAndHead(self._model, fp32_head=True)
-        self.vocabulary_size = self._model.get_output_embeddings().weight.shape[0]
-        self._parts.check(self._model, self.vocabulary_size)
+        self._parts = take_apart(self._model, fp32_head=True)
+        self.vocabulary_size = vocabulary_size(self._model)
+        self.notes = (self._parts.note,) if self._parts.note else ()
         self._rope = SequenceRope(self._model)
         self._sketch: Sketch | None = None
         import transformers

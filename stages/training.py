@@ -81,7 +81,10 @@ class DistillationTrainer(Trainer):
         if eval_sketch is not None:
             # Where it is the tail's, it is there already.
             self._eval_sketch = self._tail.sketch if eval_sketch is tail.sketch else eval_sketch.to(self.args.device)
-        self._vocabulary_size = install_distillation(self.model)
+        installed = install_distillation(self.model)
+        self._vocabulary_size = installed.vocabulary_size
+        # Sentences on the student for whoever starts the run.
+        self.notes = [installed.note] if installed.note else []
         self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
         self.loss_is_scaled_for_ga = self._over_step
         self._decomposition = Decomposition(self.args.device)

@@ -273,6 +273,9 @@ def _score(prepared: PreparedCache) -> tuple[Cache, Summary]:
     start(prepared)
     if prepared.choice is not planned:
         click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
+    for note in prepared.teacher.notes if prepared.teacher else ():
+        if note not in prepared.choice.notes:
+            click.echo(f"engine: {note}", err=True)
     if (sequences := prepared.calibration) is not None:
         click.echo("calibrating the sketch on the first positions", err=True)
         with Progress("calibrating", sum(len(s.input_ids) for s in sequences)) as progress:

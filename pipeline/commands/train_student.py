@@ -289,7 +289,7 @@ def command(**given: Any) -> None:
         from pipeline.training_progress import TrainingProgress
 
         with saying(lambda: _kept(prepared)):
-            report = train(prepared, [TrainingProgress(prepared.train_tokens)])
+            report = train(prepared, [TrainingProgress(prepared.train_tokens)], lambda note: click.echo(note, err=True))
     # Of several processes that train together, one says how it went.
     if os.environ.get("RANK", "0") == "0":
         summary("student", _rows(prepared.options.output, report))

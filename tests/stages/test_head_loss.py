@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.causal_lm import BodyAndHead
+from stages.causal_lm import BodyAndHead, take_apart
 from stages.divergence import StudentTerms, TeacherRows, divergences, student_terms, teacher_terms
 from stages.head_loss import head_loss
 from stages.objective import OBJECTIVES, Objective, coefficients, compare, weighted_sum
@@ -238,8 +238,8 @@ def test_a_head_that_is_only_its_output_layer_is_recognised(
         **more,
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
-    parts = BodyAndHead(model)
-    parts.check(model, 77)
+    parts = take_apart(model)
+    assert isinstance(parts, BodyAndHead)
     assert parts.linear_head is (model.get_output_embeddings() if is_linear else None)
 
 

@@ -82,7 +82,7 @@ def test_loss_and_gradient_on_the_students_weights(name: str, normalize: str, fu
     rows = teacher_rows(batch)
     terms = teacher_terms(rows, objective.tail)
     weights = coefficients(objective, batch["is_hard"])
-    vocabulary = install_distillation(student)
+    vocabulary = install_distillation(student).vocabulary_size
 
     def from_hidden(hidden: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         def loss_of(found: StudentTerms, part: slice) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_a_model_that_is_given_to_a_second_trainer_is_cut_again(tiny: Tiny) -> N
     """And not run whole, with all its logits in memory, because a forward of ours stands in its own's place."""
     student = load(tiny.student)
     for _ in range(2):
-        vocabulary = install_distillation(student)
+        vocabulary = install_distillation(student).vocabulary_size
     ids, rows = torch.arange(12).reshape(2, 6), torch.tensor([0, 1, 7])
 
     def both(hidden: torch.Tensor, head: Head, parameters: list[torch.nn.Parameter]) -> Any:

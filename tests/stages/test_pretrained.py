@@ -289,11 +289,18 @@ def test_a_teacher_scores_text_as_the_whole_model_does(name: str, tmp_path: Path
         np.testing.assert_allclose(scored.gold_logprob, logprobs.gather(1, ids[1:, None])[:, 0], atol=1e-5)
 
 
-def test_a_projection_in_half_precision_is_said(tmp_path: Path) -> None:
-    """The head is computed in float32, and what lies before it is not."""
-    _model("ElectraForCausalLM").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"ElectraForCausalLM does not score .*; score it in float32"):
-        TransformersTeacher(str(tmp_path), StatisticsOptions(4), dtype="bfloat16", device="cpu")
+def test_a_projection_is_computed_in_float32_too(tmp_path: Path) -> None:
+    """All that lies behind the body: the same states give the same logits to float32's precision."""
+    model = _model("ElectraForCausalLM")
+    model.save_pretrained(tmp_path)
+    teacher = TransformersTeacher(str(tmp_path), StatisticsOptions(4), dtype="bfloat16", device="cpu")
+    assert teacher.notes == ()
+    half = model.to(torch.bfloat16)
+    ids = torch.arange(9, 21)[None]
+    states = teacher._parts.body(ids)[0]
+    projected = half.generator_predictions.float()(states.float())
+    expected = half.generator_lm_head.float()(projected)
+    torch.testing.assert_close(teacher._parts.head(states), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_ids_beyond_the_head_are_no_crash(tiny: Tiny) -> None:
