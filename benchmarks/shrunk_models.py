@@ -77,6 +77,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"head_dim": 16},
     "phi4_multimodal": {"original_max_position_embeddings": 64},

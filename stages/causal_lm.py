@@ -27,6 +27,7 @@ class _HandThrough(nn.Module):
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
+        self.router_logits: Any = None
         # Not as a module of this one, or the head would seem to have the body's parameters.
         self.__dict__["_body"] = body
 
@@ -45,7 +46,10 @@ class _HandThrough(nn.Module):
                 if name[:1] == "_":
                     raise AttributeError(name)
 
-        return States(last_hidden_state=inputs_embeds)
+        states = States(last_hidden_state=inputs_embeds)
+        if self.router_logits is not None:
+            states.router_logits = self.router_logits
+        return states
 
 
 class BodyAndHead:
@@ -69,7 +73,8 @@ class BodyAndHead:
         # Set by `check` where the head turns out to be its output layer and nothing else.
         self.linear_head: nn.Linear | None = None
         self._head = copy.copy(model)
-        self._head.__dict__["_modules"] = {**model._modules, prefix: _HandThrough(self._body)}
+        self._in_place = _HandThrough(self._body)
+        self._head.__dict__["_modules"] = {**model._modules, prefix: self._in_place}
         # One that was put on the instance (a trainer's, an offloader's) runs the whole model, not this copy.
         self._head.__dict__.pop("forward", None)
         self._head_dtype = model.get_output_embeddings().weight.dtype
@@ -97,6 +102,24 @@ class BodyAndHead:
         packing: `position_ids` where the row holds several sequences (packing.py).
         """
         return self._body(input_ids=input_ids, use_cache=False, **packing).last_hidden_state
+
+    def body_and_router(
+        self, input_ids: torch.Tensor, real: torch.Tensor | None, **packing: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the body's states and the router's loss, a scalar, of the model's own code; None where it has none.
+
+        real: int64 `[B, L]`, 0 for padding, which the loss leaves out; None where there is none.
+        """
+        found = self._body(input_ids=input_ids, use_cache=False, output_router_logits=True, **packing)
+        hidden = found.last_hidden_state
+        self._in_place.router_logits = found.router_logits
+        try:
+            # The logits of one position come along unused.
+            one = hidden[:1, :1].detach().to(self._head_dtype)
+            output = self._head(inputs_embeds=one, attention_mask=real, output_router_logits=True, use_cache=False)
+        finally:
+            self._in_place.router_logits = None
+        return hidden, output.aux_loss
 
     def compile_body(self, **how: Any) -> None:
         """From now on the body is compiled, here and wherever else it is called. how: of `torch.compile`."""
@@ -144,6 +167,15 @@ class FullLogits:
 
     def body(self, input_ids: torch.Tensor, **packing: torch.Tensor) -> torch.Tensor:
         return self._forward(input_ids=input_ids, use_cache=False, **packing).logits
+
+    def body_and_router(
+        self, input_ids: torch.Tensor, real: torch.Tensor | None, **packing: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits and the router's loss, as `BodyAndHead.body_and_router` does."""
+        found = self._forward(
+            input_ids=input_ids, attention_mask=real, use_cache=False, output_router_logits=True, **packing
+        )
+        return found.logits, found.aux_loss
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden

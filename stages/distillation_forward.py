@@ -15,6 +15,7 @@ from torch import nn
 
 from stages.causal_lm import BodyAndHead, CutError, evaluating, probe_ids, take_apart, vocabulary_size
 from stages.rope import SequenceRope
+from stages.router_loss import real_tokens, router_coefficient
 from storage.errors import RunError, UserError
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -24,14 +25,18 @@ FromHidden = Callable[[torch.Tensor, Head, list[nn.Parameter]], Any]
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a model became. vocabulary_size: V, of its logits. note: a sentence for whoever trains it, or None."""
+    """What a model became. vocabulary_size: V, of its logits. note: a sentence for whoever trains it, or None.
+    router_coefficient: the weight of the router's loss in the model's own; 0 where it has none.
+    """
 
     vocabulary_size: int
     note: str | None
+    router_coefficient: float = 0.0
 
 
 def install_distillation(model: Any) -> Distillation:
-    """Let `model(distillation=f, input_ids=[B, L], rows=[R])` return f of the hidden states.
+    """Let `model(distillation=f, input_ids=[B, L], rows=[R])` return f of the hidden states; with `router=True` the
+    pair of that and the router's loss, a scalar (router_loss.py).
 
     rows: int64, indices into the flattened `[B * L]`. Right padding needs no mask: attention is causal; `lengths` `[B]`
     are the token ids of each row, for positions that depend on them (rope.py). Packed sequences come with
@@ -45,25 +50,39 @@ def install_distillation(model: Any) -> Distillation:
     rope = SequenceRope(model)
     _refuse_reading_ahead(model)
     _refuse_failing_in_training(model)
+    coefficient = router_coefficient(model)
     has_head = bool(parts.head_parameters)
 
-    def forward(*args: Any, distillation: FromHidden | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Any, distillation: FromHidden | None = None, router: bool = False, **kwargs: Any) -> Any:
         if distillation is None:
             return own_forward(*args, **kwargs)
         rows, lengths = kwargs.pop("rows"), kwargs.pop("lengths", None)
+        auxiliary = None
         with rope.reading(lengths):
-            hidden = parts.body(**kwargs).flatten(0, 1)[rows]
+            if router:
+                states, auxiliary = parts.body_and_router(real=real_tokens(kwargs["input_ids"], lengths), **kwargs)
+            else:
+                states = parts.body(**kwargs)
+        hidden = states.flatten(0, 1)[rows]
         parameters = parts.head_parameters
         if has_head and not parameters:
             raise RunError(
                 f"{type(model).__name__}'s head has no parameters where it is computed, so it would not be trained: "
                 "FSDP keeps them in flat ones; set use_orig_params in its configuration"
             )
-        return distillation(hidden, parts.linear_head or parts.head, parameters)
+        found = distillation(hidden, parts.linear_head or parts.head, parameters)
+        if not router:
+            return found
+        if auxiliary is None or (model.training and torch.is_grad_enabled() and not auxiliary.requires_grad):
+            raise RunError(
+                f"{type(model).__name__}: the router's loss has no gradient; with gradient checkpointing, set "
+                "use_reentrant to false in gradient_checkpointing_kwargs"
+            )
+        return found, auxiliary
 
     forward.own = own_forward  # type: ignore[attr-defined]
     model.forward = forward
-    return Distillation(vocabulary_size(model), parts.note)
+    return Distillation(vocabulary_size(model), parts.note, coefficient)
 
 
 def _refuse_reading_ahead(model: Any) -> None:

@@ -83,6 +83,8 @@ class DistillationTrainer(Trainer):
             self._eval_sketch = self._tail.sketch if eval_sketch is tail.sketch else eval_sketch.to(self.args.device)
         installed = install_distillation(self.model)
         self._vocabulary_size = installed.vocabulary_size
+        self._router_coefficient = installed.router_coefficient
+        self._router_losses: list[torch.Tensor] = []
         # Sentences on the student for whoever starts the run.
         self.notes = [installed.note] if installed.note else []
         self._over_step = objective.normalize == "token" or objective.rank_scope == "global-batch"
@@ -96,7 +98,7 @@ class DistillationTrainer(Trainer):
         self.evaluation_seconds = 0.0
         if self._plan.batching == "packed":
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                check_packing(self.model)
+                check_packing(self.model, self._plan.tokens)
 
     def compute_loss(
         self,
@@ -140,10 +142,17 @@ class DistillationTrainer(Trainer):
                 total = total + head_loss(hidden, head, parameters, at_one, ce_of, vocabulary_size=size)
             return total
 
-        loss = model(distillation=from_hidden, **_model_inputs(inputs))
+        router = self._router_coefficient > 0 and self.model.training
+        found = model(distillation=from_hidden, router=router, **_model_inputs(inputs))
+        loss = found[0] if router else found
         if self._over_step and num_items_in_batch is not None:
             # Gradients are averaged over devices, the tokens were counted over all of them.
             loss = loss * self.accelerator.num_processes
+        if router:
+            # A mean over micro-batches, which Trainer takes where the losses are not over the step already.
+            self._router_losses.append(found[1].detach())
+            of_step = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
+            loss = loss + self._router_coefficient / of_step * found[1].to(loss)
         return (loss, None) if return_outputs else loss
 
     def _weights(self, inputs: dict[str, torch.Tensor], step_tokens: torch.Tensor | int | None) -> Coefficients:
@@ -188,6 +197,9 @@ class DistillationTrainer(Trainer):
         """Trainer's log with the paper's decomposition since the last one: mean TKD, DKD and UNC, easy and hard."""
         if "loss" in logs:
             logs = {**logs, **self._decomposition.take()}
+            if self._router_losses:
+                logs["router_loss"] = torch.stack(self._router_losses).mean().item()
+                self._router_losses.clear()
         super().log(logs, start_time)
         # It goes into trainer_state.json, and JSON has no NaN.
         self.state.log_history[-1] = without_nan(self.state.log_history[-1])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.shrunk_models import shrunk_model
 from stages.distillation_forward import Head, install_distillation
 from stages.divergence import StudentTerms, divergences, teacher_terms
 from stages.head_loss import head_loss
@@ -22,6 +23,15 @@ from tests.conftest import VOCABULARY, Tiny
 from tests.storage.synthetic import make_manifest, write_cache
 
 LONGEST = 64
+PACKABLE = (
+    "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "gpt_neox", "olmo2",
+    "granite", "gpt2", "stablelm", "starcoder2", "smollm3", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3",
+)  # fmt: skip
+# States along the row, or positions and masks of their own.
+MIXING = (
+    "lfm2", "bloom", "openai-gpt", "qwen3_next", "mamba", "mamba2", "jamba", "falcon_h1", "recurrent_gemma", "xlstm",
+    "rwkv", "bart", "mpt", "gpt_neo", "falcon", "gpt_oss", "opt",
+)  # fmt: skip
 
 
 def llama() -> Any:
@@ -216,3 +226,63 @@ def test_a_student_that_cannot_pack_is_refused_before_anything_is_written(
     assert not any((tmp_path / "packed").iterdir())
     grouped = pipeline(*base, "--output", tmp_path / "grouped", "--batching", "length-grouped")
     assert grouped.code == 0, grouped.err
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("family", PACKABLE)
+def test_students_that_keep_sequences_apart(family: str, precision: str) -> None:
+    torch.manual_seed(0)
+    model = shrunk_model(family)
+    if precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+    install_distillation(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("family", MIXING)
+def test_students_that_mix_sequences(family: str, precision: str) -> None:
+    """However little reaches a neighbour: half precision may round it away from the states, not from the gradient."""
+    torch.manual_seed(0)
+    model = shrunk_model(family)
+    if precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+    install_distillation(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"), pytest.raises(UserError) as raised:
+        check_packing(model)
+    assert "does not keep packed sequences apart" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "family", [*PACKABLE, *(f for f in MIXING if f not in ("gpt_neo", "openai-gpt", "mpt", "bart"))]
+)
+def test_the_verdict_is_that_of_float64(family: str) -> None:
+    """A sequence alone and in a row with others, in double precision, where a leak and rounding are far apart."""
+    lengths = (7, 40, 2, 30)
+    torch.manual_seed(0)
+    model = shrunk_model(family).double().eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the others know no float64
+    ids = torch.arange(1, 1 + sum(lengths))[None] * 7919 % 95 + 1
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in ids.split(lengths, 1)])
+        try:
+            together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        except TypeError:
+            assert family in MIXING
+            return
+    # Some compute their angles in float32 also then.
+    moved = ((together - alone).abs().max() / alone.abs().max()).item()
+    assert (moved < 1e-6) == (family in PACKABLE), moved
+
+
+def test_a_row_longer_than_a_model_takes_is_refused_before_it_is_trained_on() -> None:
+    model = shrunk_model("gpt_neo")
+    install_distillation(model)
+    with pytest.raises(UserError, match="does not keep packed sequences apart"):
+        check_packing(model, 4096)
+    model = shrunk_model("llama")
+    install_distillation(model)
+    check_packing(model, 4096)
