@@ -76,8 +76,9 @@ def read(folder: Path, *, checksums: bool = True) -> str:
     """
     from stages.cached_tail import make_tail, sketch_columns
     from stages.compatibility import cache_tokenizer
+    from stages.held_out import split_held_out
     from stages.objective import Objective
-    from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
+    from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths
     from stages.student import open_caches
 
     when = "start" if checksums else "off"

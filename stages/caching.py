@@ -131,7 +131,10 @@ def prepare(options: CacheOptions) -> PreparedCache:
         tokenizer=tokenizer_identity(files.tokenizer),
         vocabulary_size=files.vocabulary_size,
         corpus=CorpusIdentity(
-            fingerprint=corpus.fingerprint, sequences=len(corpus), tokens=int(corpus.lengths.sum(dtype=np.int64))
+            fingerprint=corpus.fingerprint,
+            sequences=len(corpus),
+            tokens=int(corpus.lengths.sum(dtype=np.int64)),
+            source_rows=corpus.rows_used,
         ),
         scoring=checked(
             ScoringOptions,

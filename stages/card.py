@@ -13,7 +13,7 @@ def card(cache: Cache, summary: Summary) -> str:
     """Markdown. Everything in it comes from the manifest and the shards."""
     manifest = cache.manifest
     scoring = manifest.scoring
-    columns = "\n".join(f"| `{c.name}` | {c.per} | {c.unit} | {c.meaning} |" for c in scoring.columns)
+    columns = "\n".join(f"| `{c.name}` | {c.per} | {c.unit} | {c.meaning} |" for c in manifest.columns)
     quantiles = ", ".join(f"{q:.0%}: {value:.3g}" for q, value in zip(QUANTILES, summary.unc_quantiles, strict=True))
     source = _inline(str(manifest.source.get("dataset", "unknown")))
     top_n = f"{scoring.top_n}"

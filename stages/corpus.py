@@ -106,13 +106,17 @@ class Sequence:
     sequence_id: int
     input_ids: np.ndarray  # int32 [L]
     loss_mask: np.ndarray  # bool [L-1]
+    source_row: int | None = None  # the row of the data it was made from, where a row made several
 
 
 class CorpusFingerprint:
-    """A sha256 over the lengths, ids and masks of sequences, whatever batches they come in."""
+    """A sha256 over the lengths, ids and masks of sequences, and the rows they were made from where a row made several,
+    whatever batches they come in.
+    """
 
     def __init__(self) -> None:
         self._digests = [hashlib.sha256() for _ in range(3)]
+        self._rows: str | None = None
 
     def add(self, lengths: np.ndarray, input_ids: np.ndarray, loss_masks: np.ndarray) -> None:
         """The next sequences: integers `[S]`, their ids one after another, their masks (bool) likewise."""
@@ -121,14 +125,22 @@ class CorpusFingerprint:
         ):
             digest.update(np.ascontiguousarray(array, dtype=dtype).data)
 
+    def add_source_rows(self, source_rows: np.ndarray | None) -> None:
+        """The rows of all sequences, integers `[S]`; None, which adds nothing, where each row made one."""
+        if source_rows is not None:
+            self._rows = hashlib.sha256(np.ascontiguousarray(source_rows, dtype="<i8").data).hexdigest()
+
     def hexdigest(self) -> str:
-        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
+        found = b"".join(digest.digest() for digest in self._digests)
+        return hashlib.sha256(found if self._rows is None else found + bytes.fromhex(self._rows)).hexdigest()
 
 
 class Corpus:
     """Memory-mapped tokenised sequences in corpus order. `build_corpus` makes one.
 
-    `lengths` is int32 [S]; `fingerprint` is a sha256 in hex over all lengths, ids and masks.
+    `lengths` is int32 [S]; `fingerprint` is a sha256 in hex over all lengths, ids and masks. `source_rows` is int64
+    [S], the row of the data that each sequence was made from, counted over the rows that made one; None where each made
+    one.
     """
 
     def __init__(
@@ -138,6 +150,7 @@ class Corpus:
         lengths: np.ndarray,
         report: CorpusReport,
         fingerprint: str,
+        source_rows: np.ndarray | None = None,
     ) -> None:
         """`kept` is int64 [S]: which records are sequences (the others hold empty lists); None for all."""
         self._records = records.with_format("arrow")
@@ -145,6 +158,12 @@ class Corpus:
         self.lengths = lengths
         self.report = report
         self.fingerprint = fingerprint
+        self.source_rows = source_rows
+
+    @property
+    def rows_used(self) -> int | None:
+        """How many rows of the data made a sequence; None where each made one."""
+        return None if self.source_rows is None else int(self.source_rows[-1]) + 1
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -166,7 +185,8 @@ class Corpus:
         sequences = []
         for number, (end, length) in enumerate(zip(ends.tolist(), self.lengths[start:stop].tolist(), strict=True)):
             begin = end - length
-            sequences.append(Sequence(start + number, ids[begin:end], mask[begin - number : end - number - 1]))
+            own = None if self.source_rows is None else int(self.source_rows[start + number])
+            sequences.append(Sequence(start + number, ids[begin:end], mask[begin - number : end - number - 1], own))
         return sequences
 
 
@@ -254,6 +274,8 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions, e
     counts = np.zeros(4, dtype=np.int64)
     lengths: list[np.ndarray] = []
     kept: list[np.ndarray] = []
+    row_of: list[np.ndarray] = []
+    begun = 0
     overlong = special = trained = seen = without_end = open_thoughts = unfinished = ended = 0
     fingerprint = CorpusFingerprint()
     for batch in records.data.to_batches():
@@ -262,6 +284,9 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions, e
         is_kept = outcome == KEPT
         kept.append(np.flatnonzero(is_kept) + seen)
         seen += len(outcome)
+        rows_so_far = begun + np.cumsum(batch["begins"].to_numpy(zero_copy_only=False))
+        row_of.append(rows_so_far[is_kept])
+        begun = int(rows_so_far[-1]) if len(rows_so_far) else begun
         overlong += batch["overlong"].true_count
         special += batch["special"].true_count
         without_end += int(batch["turns_without_end"].to_numpy().sum())
@@ -306,5 +331,18 @@ def _collect(records: Dataset, rows: Rows, kind: Kind, options: CorpusOptions, e
         ended=ended,
         notes=rows.notes,
     )
+    source_rows = numbered(np.concatenate(row_of))
+    fingerprint.add_source_rows(source_rows)
     everything = sequences == seen
-    return Corpus(records, None if everything else np.concatenate(kept), all_lengths, report, fingerprint.hexdigest())
+    kept_records = None if everything else np.concatenate(kept)
+    return Corpus(records, kept_records, all_lengths, report, fingerprint.hexdigest(), source_rows)
+
+
+def numbered(rows: np.ndarray) -> np.ndarray | None:
+    """Return the row of each sequence, int64 `[S]`, counted from 0 over those that occur; None where each occurs once.
+
+    rows: integers `[S]`; sequences of one row follow one another.
+    """
+    starts = np.ones(len(rows), bool)
+    starts[1:] = rows[1:] != rows[:-1]
+    return None if starts.all() else np.cumsum(starts, dtype=np.int64) - 1

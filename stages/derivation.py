@@ -68,12 +68,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Derivation:
-    """A planned cache. parts: of each of its shards. has_prior: whether its summed tails can be known."""
+    """A planned cache. parts: of each of its shards. has_prior: whether its summed tails can be known. source_rows:
+    int64 `[S]`, as `Corpus.source_rows`.
+    """
 
     manifest: Manifest
     sources: tuple[Cache, ...]
     parts: tuple[tuple[Piece, ...], ...]
     has_prior: bool
+    source_rows: np.ndarray | None
 
 
 def plan_selection(source: Cache, selection: Selection) -> Derivation:
@@ -213,15 +216,23 @@ def _plan(
     pieces: list[Piece] = []
     lengths: dict[int, int] = {}  # of pieces, in sequences
     origins = []
+    rows_of_data: list[np.ndarray] = []
+    ids = [source.manifest.cache_id for source in sources]
     for number, source in enumerate(sources):
+        # Of several parts of one cache, a row may have sequences in two.
+        known_rows, same_data = source.manifest.corpus.source_rows is not None, ids.index(source.manifest.cache_id)
+        read = ("sequence_id", "input_ids", "loss_mask", *(["source_row"] if known_rows else []))
         source.receipts(partial=True)
         taken = 0
-        for shard, rows in zip(source.shards_here, source.column("sequence_id", "input_ids", "loss_mask"), strict=True):
+        for shard, rows in zip(source.shards_here, source.column(*read), strict=True):
             wanted = _wanted(rows, selection)
             if not wanted.any():
                 continue
             kept = rows if wanted.all() else rows.take(np.flatnonzero(wanted))
             fingerprint.add(kept["input_ids"].lengths, kept["input_ids"].values, kept["loss_mask"].values)
+            # Without rows of their own, sequences are rows.
+            row = kept.sequence_id if kept.source_row is None else kept.source_row
+            rows_of_data.append(np.stack([np.full(len(kept), same_data), row], 1))
             lengths[len(pieces)] = len(kept)
             pieces.append(Piece(number, shard, None if kept is rows else np.flatnonzero(wanted), kept.tokens))
             taken += len(kept)
@@ -237,6 +248,8 @@ def _plan(
                 shards=tuple(source.shards_here) if source.is_partial else None,
             )
         )
+    source_rows = _numbered(np.concatenate(rows_of_data))
+    fingerprint.add_source_rows(source_rows)
     parts = list(_grouped(pieces, max(shard.tokens for source in sources for shard in source.manifest.shards)))
     planned, first = [], 0
     for part in parts:
@@ -254,7 +267,10 @@ def _plan(
         tokenizer=manifests[0].tokenizer,
         vocabulary_size=manifests[0].vocabulary_size,
         corpus=CorpusIdentity(
-            fingerprint=fingerprint.hexdigest(), sequences=first, tokens=sum(piece.tokens for piece in pieces)
+            fingerprint=fingerprint.hexdigest(),
+            sequences=first,
+            tokens=sum(piece.tokens for piece in pieces),
+            source_rows=None if source_rows is None else int(source_rows.max()) + 1,
         ),
         scoring=scoring,
         shards=tuple(planned),
@@ -265,7 +281,17 @@ def _plan(
     has_prior = all(piece.rows is None for piece in pieces) and all(
         receipt.tail_prior_sha256 for source in sources for receipt in source.receipts(partial=True)
     )
-    return Derivation(manifest, sources, tuple(tuple(pieces[i] for i in part) for part in parts), has_prior)
+    of_shards = tuple(tuple(pieces[i] for i in part) for part in parts)
+    return Derivation(manifest, sources, of_shards, has_prior, source_rows)
+
+
+def _numbered(rows: np.ndarray) -> np.ndarray | None:
+    """Return the row of each sequence, int64 `[S]`, counted anew; None where each has one of its own.
+
+    rows: int64 `[S, 2]`, the data and its row.
+    """
+    found, number = np.unique(rows, axis=0, return_inverse=True)
+    return None if len(found) == len(rows) else number.reshape(-1).astype(np.int64)
 
 
 def _wanted(rows: Rows, selection: Selection) -> np.ndarray:
@@ -311,7 +337,8 @@ def _derived_shard(derivation: Derivation, index: int, pieces: Sequence[Piece]) 
             total += tail_sum
     planned = manifest.shards[index]
     numbers = np.arange(planned.first, planned.first + planned.sequences, dtype=np.int64)
-    return Rows(numbers, Rows.concatenated(parts).lists), total
+    own = None if derivation.source_rows is None else derivation.source_rows[numbers]
+    return Rows(numbers, Rows.concatenated(parts).lists, own), total
 
 
 def _sketch_kl(derivation: Derivation, pieces: Sequence[Piece]) -> float | None:

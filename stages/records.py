@@ -32,15 +32,15 @@ EncodedRow = Encoded | list[Encoded] | None  # one sequence, several, or none wh
 def records(rows: Iterable[EncodedRow], special: Iterable[bool], max_length: int, split: bool) -> pa.Table:
     """A table of records: ids and mask of each sequence, empty lists for what is left out, and why it is.
 
-    What is said of a row stands on its first record: `overlong` where it was cut or split, `special` as it is given for
-    each row, the counts of its turns, and `unfinished`.
+    What is said of a row stands on its first record, which has `begins`: `overlong` where it was cut or split,
+    `special` as it is given for each row, the counts of its turns, and `unfinished`.
     """
     import pyarrow as pa
 
     ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     outcomes: list[int] = []
-    said: list[tuple[bool, bool, int, int, bool]] = []
+    said: list[tuple[bool, bool, int, int, bool, bool]] = []
     nothing = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool)
     for row, has_special in zip(rows, special, strict=True):
         parts = row if isinstance(row, list) else [row]
@@ -64,11 +64,12 @@ def records(rows: Iterable[EncodedRow], special: Iterable[bool], max_length: int
                     sum(part.without_end for part in there),
                     sum(part.open_thoughts for part in there),
                     any(part.unfinished for part in there),
+                    True,
                 )
             )
-            said += [(False, False, 0, 0, False)] * (len(found) - 1)
+            said += [(False, False, 0, 0, False, False)] * (len(found) - 1)
     arrays = [_lists(ids, np.int32), _lists(masks, bool), pa.array(outcomes, pa.int8())]
-    for number, kind in enumerate((pa.bool_(), pa.bool_(), pa.int32(), pa.int32(), pa.bool_())):
+    for number, kind in enumerate((pa.bool_(), pa.bool_(), pa.int32(), pa.int32(), pa.bool_(), pa.bool_())):
         arrays.append(pa.array([each[number] for each in said], kind))
     return pa.Table.from_arrays(arrays, schema=record_schema())
 
@@ -86,6 +87,7 @@ def record_schema() -> pa.Schema:
             ("turns_without_end", pa.int32()),
             ("open_thoughts", pa.int32()),
             ("unfinished", pa.bool_()),
+            ("begins", pa.bool_()),
         ]
     )
 

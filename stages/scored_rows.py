@@ -95,6 +95,7 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
     for column, temperature in enumerate(scoring.temperatures):
         name = schema.temperature_column(temperature).name
         lists[name] = [s.tail_logmass_at[:, column] for s in sequences]
+    source_rows = [s.sequence.source_row for s in sequences if s.sequence.source_row is not None]
     return Rows(
         np.array([s.sequence.sequence_id for s in sequences], np.int64),
         {
@@ -102,6 +103,7 @@ def rows_from_scored(sequences: list[ScoredSequence], scoring: ScoringOptions) -
             for column in scoring.columns
             if column.is_list
         },
+        np.array(source_rows, np.int64) if source_rows else None,
     )
 
 

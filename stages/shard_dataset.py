@@ -27,7 +27,6 @@ from storage.plan import locate
 from storage.rows import Ragged, Rows
 from storage.schema import column_temperature
 from storage.shard import value_problems
-from storage.words import counted
 
 # Shards among which sequences are shuffled; a few more stay decoded, since a packed batch may reach back.
 WINDOW = 4
@@ -172,32 +171,6 @@ def sequences_here(cache: Cache) -> np.ndarray:
         planned = cache.manifest.shards[index]
         here[planned.first : planned.first + planned.sequences] = True
     return here
-
-
-def split_held_out(cache: Cache, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out sequence ids, both ascending.
-
-    The choice depends on the whole cache's size and `seed` alone, so students of one cache, or of parts of it, are
-    compared on the same sequences, and none ever trains on another's. At least one sequence is held out when `share` >
-    0. Raises CacheError where nothing is left to train on, or nothing that is held out is in this part.
-    """
-    total = cache.manifest.corpus.sequences
-    here = sequences_here(cache)
-    order = np.random.default_rng([seed, 0x5EED]).permutation(total)
-    held = min(total, max(1, round(share * total))) if share > 0 else 0
-    train, held_out = (np.sort(ids[here[ids]]).astype(np.int64) for ids in (order[held:], order[:held]))
-    count = int(here.sum())
-    if not len(train):
-        raise CacheError(
-            f"{cache.path}: holds {count} sequence{'s' * (count > 1)}, too few to hold out a share of {share:g} and "
-            "train on the rest; lower --eval-share or set it to 0"
-        )
-    if held and not len(held_out):
-        raise CacheError(
-            f"{cache.path}: this part holds {count} of {counted(total, 'sequence')} and none of the {held} held out of "
-            "the whole; raise --eval-share, set it to 0, or pull more shards"
-        )
-    return train, held_out
 
 
 @dataclass(frozen=True)

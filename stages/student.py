@@ -129,8 +129,8 @@ def prepare(options: StudentOptions) -> Prepared:
     """
     from stages.compatibility import check_head
     from stages.context import check_context
+    from stages.held_out import split_held_out
     from stages.pretrained import load_config
-    from stages.shard_dataset import split_held_out
 
     arguments = training_arguments(options)
     paths = [options.shards] if isinstance(options.shards, str) else options.shards

@@ -142,7 +142,7 @@ class DistillationTrainer(Trainer):
                 total = total + head_loss(hidden, head, parameters, at_one, ce_of, vocabulary_size=size)
             return total
 
-        router = self._router_coefficient > 0 and self.model.training
+        router = self._router_coefficient > 0 and model.training
         found = model(distillation=from_hidden, router=router, **_model_inputs(inputs))
         loss = found[0] if router else found
         if self._over_step and num_items_in_batch is not None:

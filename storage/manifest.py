@@ -51,11 +51,15 @@ class TokenizerIdentity(_Model):
 
 
 class CorpusIdentity(_Model):
-    """The tokenised corpus. `fingerprint` covers ids, loss masks and their order, not paths."""
+    """The tokenised corpus. `fingerprint` covers ids, loss masks and their order, not paths.
+
+    source_rows: rows of the data that made a sequence, where a row made several; None where each made one.
+    """
 
     fingerprint: str
     sequences: int = Field(ge=1, le=_MAX_COUNT)
     tokens: int = Field(ge=2, le=_MAX_COUNT)
+    source_rows: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
 
 
 class SketchIdentity(_Model):
@@ -168,9 +172,17 @@ class Manifest(_Model):
             expected += shard.sequences
         if expected != self.corpus.sequences:
             raise ValueError(f"the plan holds {expected} sequences, the corpus {self.corpus.sequences}")
+        if (self.corpus.source_rows or 0) > expected:
+            raise ValueError(f"{self.corpus.source_rows} rows cannot have made {expected} sequences")
         if self.scoring.top_n > self.vocabulary_size:
             raise ValueError("top_n is larger than the vocabulary")
         return self
+
+    @property
+    def columns(self) -> tuple[schema.Column, ...]:
+        """The columns of every shard, in file order."""
+        first, *others = self.scoring.columns
+        return (first, *([] if self.corpus.source_rows is None else [schema.SOURCE_ROW]), *others)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -184,6 +196,8 @@ class Manifest(_Model):
                 del found["scoring"][name]
         if not self.derived_from:
             del found["derived_from"]
+        if self.corpus.source_rows is None:
+            del found["corpus"]["source_rows"]
         return found
 
     @property

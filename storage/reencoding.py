@@ -76,7 +76,7 @@ def reencode(
             tail_sum = tail_sum + np.bincount(entries.ids[moved], weights=p, minlength=len(tail_sum))
     if new.tail_samples:
         lists["tail_samples"] = _samples(rows, lists["tail_logmass"].values, entries, moved, new.tail_samples, random)
-    return Rows(rows.sequence_id, lists), tail_sum
+    return Rows(rows.sequence_id, lists, rows.source_row), tail_sum
 
 
 def _leaving(entries: _Entries, counts: np.ndarray, tail: np.ndarray, new: ScoringOptions) -> np.ndarray:

@@ -63,10 +63,12 @@ class Rows:
     """The sequences of one shard.
 
     `sequence_id`: int64 `[S]`; `lists`: one Ragged of S rows per list column, keyed by its name in the schema.
+    `source_row`: int64 `[S]`, the row of the data that each was made from; None where it was not kept or read.
     """
 
     sequence_id: np.ndarray
     lists: Mapping[str, Ragged]
+    source_row: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.sequence_id)
@@ -80,26 +82,32 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> Rows:
         """These rows (int `[K]`), in this order, as arrays of their own."""
-        return Rows(self.sequence_id[rows], {name: ragged.take(rows) for name, ragged in self.lists.items()})
+        lists = {name: ragged.take(rows) for name, ragged in self.lists.items()}
+        return Rows(self.sequence_id[rows], lists, None if self.source_row is None else self.source_row[rows])
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop`, as views."""
-        return Rows(
-            self.sequence_id[start:stop], {name: ragged.part(start, stop) for name, ragged in self.lists.items()}
-        )
+        lists = {name: ragged.part(start, stop) for name, ragged in self.lists.items()}
+        source_row = None if self.source_row is None else self.source_row[start:stop]
+        return Rows(self.sequence_id[start:stop], lists, source_row)
 
     @classmethod
     def concatenated(cls, parts: Sequence[Rows]) -> Rows:
         """The rows of all `parts` (one at least, of the same columns), one after the other."""
         lists = {name: Ragged.concatenated([part[name] for part in parts]) for name in parts[0].lists}
-        return cls(np.concatenate([part.sequence_id for part in parts]), lists)
+        source_rows = [part.source_row for part in parts if part.source_row is not None]
+        source_row = np.concatenate(source_rows) if len(source_rows) == len(parts) else None
+        return cls(np.concatenate([part.sequence_id for part in parts]), lists, source_row)
 
     def to_table(self, columns: Sequence[schema.Column], metadata: Mapping[bytes, bytes]) -> pa.Table:
         """An Arrow table with exactly `columns`; values are cast to the columns' types, or made codes."""
         arrays: list[pa.Array] = []
         for column in columns:
             if not column.is_list:
-                arrays.append(pa.array(self.sequence_id, column.element))
+                values = self.source_row if column == schema.SOURCE_ROW else self.sequence_id
+                if values is None:
+                    raise ValueError(f"these rows have no {column.name}")
+                arrays.append(pa.array(values, column.element))
                 continue
             ragged = self.lists[column.name]
             stored = quantization.encode(ragged.values) if column.is_quantized else ragged.values
@@ -114,7 +122,7 @@ class Rows:
     def from_table(cls, table: pa.Table) -> Rows:
         """Views (copies only where Arrow holds bits, codes or several chunks) of a table's columns."""
         lists: dict[str, Ragged] = {}
-        sequence_id = np.arange(len(table), dtype=np.int64)
+        sequence_id, source_row = np.arange(len(table), dtype=np.int64), None
         for name in table.column_names:
             array = table.column(name).combine_chunks()
             if isinstance(array, pa.ChunkedArray):
@@ -122,7 +130,10 @@ class Rows:
             if array.null_count:
                 raise CacheError(f"column {name} has {array.null_count} nulls")
             if not pa.types.is_list(array.type) and not pa.types.is_large_list(array.type):
-                sequence_id = array.to_numpy(zero_copy_only=False)
+                if name == schema.SOURCE_ROW.name:
+                    source_row = array.to_numpy(zero_copy_only=False)
+                else:
+                    sequence_id = array.to_numpy(zero_copy_only=False)
                 continue
             offsets = array.offsets.to_numpy().astype(np.int64)
             values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
@@ -132,4 +143,4 @@ class Rows:
             if schema.quantized(name, array.type.value_type):
                 numbers = quantization.decode(numbers, float(table.schema.metadata[schema.META_STEP]))
             lists[name] = Ragged(numbers, offsets - offsets[0])
-        return cls(sequence_id, lists)
+        return cls(sequence_id, lists, source_row)

@@ -67,6 +67,15 @@ class Column:
 
 
 SEQUENCE_ID = Column("sequence_id", pa.int64(), "row", "index", "index of the sequence in corpus order")
+SOURCE_ROW = Column(
+    "source_row",
+    pa.int64(),
+    "row",
+    "index",
+    "row of the data that the sequence was made from, counted over the rows that made one; only in caches where a row "
+    "made several, whose sequences must be held out together",
+    optional=True,
+)
 INPUT_IDS = Column("input_ids", pa.int32(), "L", "token id", "the sequence")
 LOSS_MASK = Column("loss_mask", pa.bool_(), "L-1", "bool", "positions that are trained on (completion or assistant)")
 GOLD_LOGPROB = Column("gold_logprob", pa.float32(), "L-1", "nats", "log p(gold), whether or not gold is in the top-N")
@@ -192,6 +201,7 @@ def columns(
 def format_markdown() -> str:
     """The column table of `docs/format.md`."""
     rows = [*_STANDARD, Column(**{**temperature_column(2).__dict__, "name": "tail_logmass_T…"}), TAIL_SAMPLES]
+    rows.insert(1, SOURCE_ROW)
     rows += [SKETCH_CODES, RESIDUAL_SAMPLES, RESIDUAL_MASS]
     lines = ["| column | type | length | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     for column in rows:

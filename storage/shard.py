@@ -49,7 +49,7 @@ class Written:
 
 def write_shard(path: Place, rows: Rows, manifest: Manifest, index: int) -> Written:
     """Write `rows` to `path`, atomically and durably."""
-    columns = manifest.scoring.columns
+    columns = manifest.columns
     return write_table(path, rows.to_table(columns, shard_metadata(manifest, index)), split_leaves(columns))
 
 
@@ -113,7 +113,7 @@ def read_shard(
 
     file: where the bytes are read from, if not from `path` itself. page_checksums: compare those of the pages read.
     """
-    wanted = {column.name: column for column in manifest.scoring.columns}
+    wanted = {column.name: column for column in manifest.columns}
     names = list(wanted) if columns is None else list(dict.fromkeys(["sequence_id", *columns]))
     for name in names:
         if name not in wanted:
@@ -160,7 +160,7 @@ def most_values(manifest: Manifest, index: int) -> dict[str, int]:
     each = {"row": 0, "L": 1, "L-1": 1, "E": scoring.top_n}
     stored = scoring.per_stored_position
     found = {}
-    for column in scoring.columns:
+    for column in manifest.columns:
         values = stored[column.name] if column.name in stored else each[column.per]
         found[column.name] = min(MOST_VALUES, planned.sequences + planned.tokens * values)
     return found
@@ -211,7 +211,12 @@ def structure_problems(rows: Rows, manifest: Manifest, index: int) -> Iterator[s
     first = manifest.shards[index].first
     if not np.array_equal(rows.sequence_id, np.arange(first, first + len(rows))):
         yield f"sequence_id does not count from {first}"
-    columns = {column.name: column for column in manifest.scoring.columns}
+    rows_of_data = rows.source_row
+    if rows_of_data is not None and len(rows_of_data):
+        most = (manifest.corpus.source_rows or 0) - 1
+        if (row := _first((rows_of_data < 0) | (rows_of_data > most))) is not None:
+            yield f"row {row}: source_row {rows_of_data[row]} is outside 0..{most}"
+    columns = {column.name: column for column in manifest.columns}
     ids = rows.lists.get("input_ids")
     if ids is not None:
         positions = ids.lengths - 1

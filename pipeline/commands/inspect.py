@@ -93,9 +93,14 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
             *summary_rows(cache, numbers),
             ("mean entropy", "not stored" if numbers.mean_entropy is None else f"{numbers.mean_entropy:.4f} nats"),
             ("max length", manifest.scoring.max_length),
+            *(
+                []
+                if manifest.corpus.source_rows is None
+                else [("rows of the data", f"{manifest.corpus.source_rows:,}, held out with all their sequences")]
+            ),
             ("data set", manifest.source.get("dataset", "unknown")),
             ("corpus fingerprint", manifest.corpus.fingerprint),
-            ("columns", ", ".join(column.name for column in manifest.scoring.columns)),
+            ("columns", ", ".join(column.name for column in manifest.columns)),
             ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
             ("why this engine", "named by --engine" if why == "--engine" else why or "not stated"),
         ],

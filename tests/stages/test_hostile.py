@@ -31,10 +31,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages.cached_tail import make_tail
+from stages.held_out import split_held_out
 from stages.identity import tokenizer_identity
 from stages.objective import Objective
 from stages.pretrained import load_tokenizer
-from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, split_held_out
+from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths
 from stages.student import open_caches
 from stages.summary import summarize
 from storage.bundle import bundle, unbundle

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from stages.cached_tail import make_tail
+from stages.held_out import split_held_out
 from stages.objective import Objective
 from stages.run_identity import run_identity
-from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, sequences_here, split_held_out
+from stages.shard_dataset import ShardDataset, corpus_threshold, sequence_lengths, sequences_here
 from stages.student import StudentOptions, prepare
 from storage.cache import Cache
 from storage.errors import CacheError
@@ -67,7 +68,9 @@ def test_a_part_without_any_held_out_sequence_is_refused(cache_path: Path, tmp_p
     _, held = split_held_out(whole, 0.01)
     shard = next(i for i, s in enumerate(whole.manifest.shards) if not s.first <= held[0] < s.first + s.sequences)
     copy_cache(whole, tmp_path / "part", shards=[shard])
-    with pytest.raises(CacheError, match="none of the 1 held out of the whole; raise --eval-share, set it to 0"):
+    with pytest.raises(
+        CacheError, match="none of the 1 sequence held out of the whole; raise --eval-share, set it to 0"
+    ):
         split_held_out(Cache.open(tmp_path / "part"), 0.01)
     assert len(split_held_out(Cache.open(tmp_path / "part"), 0)[0])
 
