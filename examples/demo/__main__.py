@@ -1,9 +1,11 @@
 """The whole idea on real text, in a few minutes on two CPU cores: `make demo`, or `python -m examples.demo`.
 
-    text every Python ships -> tokenizer and teacher -> cache -> three students -> a table
+    text every Python ships -> tokenizer and teacher -> cache -> a start -> three students -> a table
 
-The three students start from the same weights, see the same tokens in the same order and differ in the objective
-alone. Each finished step is kept in the output directory, so a second run goes on where the first one stopped.
+A first student learns from the text alone: the start. The three students go on from its weights, see the same tokens in
+the same order and differ in the objective alone. Each finished step is kept in the output directory, so a second run
+goes on where the first one stopped. `--seeds 3` repeats start and students with other seeds, and shows means and
+spreads.
 """
 
 from __future__ import annotations
@@ -12,21 +14,26 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from examples.demo.corpus import CorpusError, build_corpus, read_texts
 from pipeline.threads import bound_spinning
 
 OBJECTIVES = ("ce", "kl", "atkd")
+START = "start"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where everything goes")
     parser.add_argument("--teacher-steps", type=int, default=900, help="training steps of the teacher")
-    parser.add_argument("--student-epochs", type=float, default=4, help="passes over the cache by each student")
+    parser.add_argument("--start-steps", type=int, default=800, help="training steps of the start, on the text alone")
+    parser.add_argument("--student-epochs", type=float, default=3, help="passes over the cache by each student")
+    parser.add_argument("--seeds", type=int, default=1, help="how often start and students are trained, each anew")
     parser.add_argument("--top-n", type=int, default=4, help="tokens kept per position")
     parser.add_argument("--limit-characters", type=int, help="size of the corpus (default: all there is)")
     arguments = parser.parse_args()
@@ -43,17 +50,32 @@ def main() -> int:
         *("--output", output / "cache", "--top-n", arguments.top_n, "--overlong", "split", "--engine", "transformers"),
         *("--shard-tokens", 65536, "--batch-tokens", 4096),
     )
-    announce("4/4", "train three students from the shards, without the teacher")
-    for objective in OBJECTIVES:
-        pipeline(
-            *("train-student", "--student", output / "student-config", "--init-from-config"),
-            *("--shards", output / "cache", "--output", output / "students" / objective, "--objective", objective),
-            *("--epochs", arguments.student_epochs, "--batch-size", 4, "--learning-rate", 4e-3),
-            *("--schedule", "cosine", "--warmup-steps", 0.05, "--eval-share", 0.1, "--seed", 0),
-            *("--trainer", "adam_beta2=0.98", "--trainer", "logging_steps=50", "--trainer", "save_strategy=no"),
-        )
-    show_table(output)
+    announce("4/4", "train a start on the text alone, and three students from it and the shards, without the teacher")
+    for seed in range(arguments.seeds):
+        start = output / "students" / f"seed-{seed}" / START
+        configuration = (output / "student-config", "--init-from-config")
+        train_student(output, start, configuration, "ce", seed, "--max-steps", arguments.start_steps)
+        for objective in OBJECTIVES:
+            passes = "--epochs", arguments.student_epochs
+            train_student(output, start.with_name(objective), (start,), objective, seed, *passes)
+    show_table(output, arguments.seeds)
     return 0
+
+
+def train_student(
+    output: Path, student: Path, begin: tuple[object, ...], objective: str, seed: int, *length: object
+) -> None:
+    """Train one student, unless it is there. begin: weights or configuration; length: of the training."""
+    if (student / "metrics.json").exists():
+        return
+    # Weights that have learnt something are moved with more care.
+    rate = 4e-3 if "--init-from-config" in begin else 2e-3
+    pipeline(
+        *("train-student", "--student", *begin, "--shards", output / "cache", "--output", student),
+        *("--objective", objective, *length, "--batch-size", 4, "--learning-rate", rate),
+        *("--schedule", "cosine", "--warmup-steps", 0.05, "--eval-share", 0.1, "--seed", seed),
+        *("--trainer", "adam_beta2=0.98", "--trainer", "logging_steps=50", "--trainer", "save_strategy=no"),
+    )
 
 
 def make_teacher(output: Path, steps: int, limit_characters: int | None) -> None:
@@ -89,33 +111,44 @@ def pipeline(*arguments: object) -> None:
         raise SystemExit(done.returncode)
 
 
-def show_table(output: Path) -> None:
+def show_table(output: Path, seeds: int) -> None:
     """What distillation bought, from each student's metrics.json and the receipts of the cache."""
     from pipeline.progress import table
     from storage.cache import Cache
 
     cache = Cache.open(output / "cache")
     receipts = cache.receipts()
-    per_token = sum(receipt.bytes for receipt in receipts) / cache.manifest.corpus.tokens
-    reports = {name: json.loads((output / "students" / name / "metrics.json").read_text()) for name in OBJECTIVES}
+    per_token = f"{sum(receipt.bytes for receipt in receipts) / cache.manifest.corpus.tokens:.0f}"
+    folders = [output / "students" / f"seed-{seed}" for seed in range(seeds)]
+    reports = {
+        name: [json.loads((folder / name / "metrics.json").read_text()) for folder in folders]
+        for name in (START, *OBJECTIVES)
+    }
+
+    def shown(name: str, measure: str, form: Callable[[float], str]) -> str:
+        values = [report[measure] for report in reports[name]]
+        spread = f" ± {form(statistics.stdev(values))}" if len(values) > 1 else ""
+        return f"{form(statistics.mean(values))}{spread}"
+
     rows = [
         (
-            name,
-            f"{report['eval_cross_entropy']:.3f}",
-            f"{report['eval_kl']:.3f}",
-            f"{report['eval_agreement']:.1%}",
-            f"{report['train_tokens_per_second']:,.0f}",
-            "0" if name == "ce" else f"{per_token:.0f}",
+            f"{name} (no teacher)" if name in (START, "ce") else name,
+            shown(name, "eval_cross_entropy", "{:.3f}".format),
+            shown(name, "eval_kl", "{:.3f}".format),
+            shown(name, "eval_agreement", "{:.1%}".format),
+            shown(name, "train_tokens_per_second", "{:,.0f}".format),
+            "0" if name in (START, "ce") else per_token,
         )
-        for name, report in reports.items()
+        for name in reports
     ]
-    teacher = reports["ce"]["eval_teacher_cross_entropy"]
+    teacher = reports["ce"][0]["eval_teacher_cross_entropy"]
     seconds = sum(receipt.seconds for receipt in receipts)
     speed = cache.manifest.corpus.tokens / max(seconds, 1e-9)
-    rows.append(("(the teacher)", f"{teacher:.3f}", "0", "100%", f"{speed:,.0f} scored", f"{per_token:.0f}"))
+    rows.append(("(the teacher)", f"{teacher:.3f}", "0", "100%", f"{speed:,.0f} scored", per_token))
     print()
+    spread = f"; mean and standard deviation of {seeds} seeds" if seeds > 1 else ""
     table(
-        "students of one teacher, same start, same tokens; held-out text",
+        f"students of one teacher, from one start, same tokens; held-out text{spread}",
         ["objective", "cross-entropy", "KL to teacher", "agreement", "tokens/s", "bytes per token"],
         rows,
     )
