@@ -77,7 +77,7 @@ def files_of(cache: Cache) -> list[Path]:
             assert isinstance(path, Path)
             names.append(path)
     names += [cache.path / TAIL_PRIOR, cache.path / PRIOR_RECEIPT, cache.path / CARD]
-    return [path for path in names if path.is_file()]
+    return [path for path in names if path.exists()]
 
 
 def bundle(cache: Cache, file: Path, progress: Callable[[int], None] = lambda shard: None) -> str:
@@ -99,7 +99,7 @@ def bundle(cache: Cache, file: Path, progress: Callable[[int], None] = lambda sh
             for path in paths:
                 member = tarfile.TarInfo(path.relative_to(cache.path).as_posix())  # type: ignore[arg-type]
                 member.size = path.stat().st_size
-                with open(path, "rb") as source:
+                with path.open("rb") as source:
                     tar.addfile(member, source)
     write_bytes(checksum_path(file), f"{written.sha256}  {file.name}\n".encode())
     return written.sha256
@@ -128,6 +128,8 @@ def unbundle(file: Path, target: Path) -> Cache:
         try:
             cache = Cache.open(temporary)
             cache.receipts(partial=True)
+            if (cache.path / TOKENIZER).exists():
+                cache.tokenizer_files()
             cache.check_sketch()
             for index in cache.shards_here:
                 cache.check_file(index)

@@ -14,12 +14,15 @@ Shards are a fixed function of the manifest, so doing one twice, or in two proce
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +35,7 @@ from storage import copies
 from storage import shard as shard_file
 from storage.errors import CacheError
 from storage.files import remove_temporaries, sha256_file, sync_directory, temporary_for, write_bytes
+from storage.json_text import parse_json
 from storage.manifest import (
     Manifest,
     Part,
@@ -60,6 +64,8 @@ SHARDS = "shards"
 # Each shard's summed tail; kept beside the shards so that a lost shard can be made again.
 TAIL_SUMS = "tail_sums"
 PARTIAL = "partial.json"
+# Of one file: vocabularies of a million tokens come to a tenth of this.
+MOST_TOKENIZER_BYTES = 256 << 20
 # The tokenizer file that is uploaded last; a remote tokenizer without it is not whole.
 _TOKENIZER_LAST = "tokenizer_config.json"
 # Metadata of a summed or mean tail.
@@ -242,19 +248,22 @@ class Cache:
 
     @property
     def tokenizer_path(self) -> Path:
-        """A local folder with the teacher's tokenizer. Raises CacheError where a remote cache has none."""
-        if isinstance(self.path, Path):
-            return self.path / TOKENIZER
+        """A private folder with a copy of the teacher's tokenizer, whose files were read and looked through.
+
+        What loads it follows names inside these files, so nothing may lie there that could be swapped or that leads
+        elsewhere. Raises CacheError where there is none, or one that names other files.
+        """
         if self._tokenizer is None:
-            self._tokenizer = self._fetch_tokenizer(self.path / TOKENIZER)
+            self._tokenizer = self._private_tokenizer()
         return self._tokenizer
 
-    def _fetch_tokenizer(self, remote: RemotePath) -> Path:
-        files = {name: path.read_bytes() for name, path in _remote_files(remote)}
-        if not files:
-            raise CacheError(f"{remote}: there is no tokenizer here")
+    def _private_tokenizer(self) -> Path:
+        files = self._tokenizer_bytes()
         digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
-        target = copies.folder() / f"tokenizer-{digest}"
+        if isinstance(self.path, RemotePath):
+            target = copies.folder() / f"tokenizer-{digest}"
+        else:
+            target = _own_folder() / f"tokenizer-{digest}"
 
         def fill(folder: Path) -> None:
             for name, data in files.items():
@@ -264,27 +273,41 @@ class Cache:
         _folder(target, fill)
         return target
 
+    def _tokenizer_bytes(self) -> dict[str, bytes]:
+        """The tokenizer's files, by their paths in its folder.
+
+        Raises CacheError for a link, for too much of them, and for one that names files that are not the tokenizer's.
+        """
+        folder = self.path / TOKENIZER
+        if isinstance(folder, RemotePath):
+            listed = dict(_remote_files(folder))
+            files = {name: path.read_bytes() for name, path in listed.items()}
+        else:
+            if not folder.is_dir():
+                raise CacheError(f"{folder}: there is no tokenizer here")
+            paths = list(folder.files())  # type: ignore[attr-defined]
+            files = {
+                path.relative_to(folder).as_posix(): path.read_at_most(MOST_TOKENIZER_BYTES, "tokenizer's file")
+                for path in paths
+            }
+        if not files:
+            raise CacheError(f"{folder}: there is no tokenizer here")
+        check_tokenizer_files(files, str(folder))
+        return files
+
     def tokenizer_files(self) -> list[str]:
         """The tokenizer's files by their paths in its folder, as they go with the cache to another place.
 
         Raises CacheError for a link: what it leads to may be any file of this machine.
         """
-        folder = self.tokenizer_path
-        if not folder.is_dir():
-            raise CacheError(f"{folder}: there is no tokenizer here")
-        for path in (folder, *folder.rglob("*")):
-            if path.is_symlink():
-                raise CacheError(
-                    f"{path}: is a link, and may lead to a file that is no part of the cache; "
-                    "put the file itself in its place"
-                )
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        return sorted(self._tokenizer_bytes())
 
     def copy_tokenizer(self, target: Path) -> None:
-        """Copy the tokenizer's files into the folder `target`."""
-        for name in self.tokenizer_files():
+        """Copy the tokenizer's files into the folder `target`. Raises CacheError as `tokenizer_path` does."""
+        files = self._tokenizer_bytes()
+        for name, data in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.tokenizer_path / name, target / name)
+            (target / name).write_bytes(data)
 
     def write_tokenizer(self, save: Callable[[Path], object]) -> None:
         """Let `save` fill a folder, whose files then are the cache's tokenizer; nothing where it has one.
@@ -533,7 +556,8 @@ class Cache:
 
     @property
     def is_sealed(self) -> bool:
-        return (self.path / CARD).exists()
+        card = self.path / CARD
+        return card.is_file() if isinstance(card, Path) else card.exists()
 
     @property
     def has_tail_prior(self) -> bool:
@@ -617,6 +641,46 @@ class Cache:
             except FileNotFoundError:
                 raise CacheError(f"{path}: shard {index} is missing") from None
             yield rows
+
+
+def check_tokenizer_files(files: Mapping[str, bytes], where: str) -> None:
+    """Raise CacheError for a tokenizer whose configuration names files that are not its own.
+
+    transformers loads what `vocab_file`, `tokenizer_file`, `fast_tokenizer_files` and their like name, wherever it is.
+    files: by their paths in the tokenizer's folder.
+    """
+    for name in sorted(files):
+        if not name.endswith(".json"):
+            continue
+        try:
+            value = parse_json(files[name])
+        except ValueError:
+            continue
+        if not isinstance(value, dict):
+            continue
+        for key, named in value.items():
+            if not (isinstance(key, str) and re.search(r"_files?$", key)):
+                continue
+            for each in named if isinstance(named, list) else [named]:
+                if each is not None and not (isinstance(each, str) and each in files):
+                    raise CacheError(
+                        f"{where}/{name}: {key} names a file that is not the tokenizer's own ({str(each)[:80]!r})"
+                    )
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """A folder of this process, for this user alone, that goes when it ends."""
+    folder = tempfile.mkdtemp(prefix="teacher-logit-cache-")
+    owner = os.getpid()
+
+    def remove() -> None:
+        # A forked worker that ends leaves its parent's.
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(folder)
 
 
 def _positions(stored: int) -> dict[bytes, bytes]:

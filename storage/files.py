@@ -17,14 +17,18 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from storage.contained import ContainedPath
 
 if TYPE_CHECKING:
     from storage.places import Place
 
 _TEMPORARY = ".tmp-"
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NEW_FILE |= getattr(os, "O_BINARY", 0)
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 # A writer on another machine that has not touched its file for a day is taken for dead.
 _ABANDONED_SECONDS = 86_400
@@ -84,32 +88,38 @@ def atomic_file(path: Place, *, exclusive: bool = False) -> Iterator[HashingFile
             yield file
         return
     temporary = temporary_for(path)
-    try:
-        with open(temporary, "xb") as raw:
-            hashing = HashingFile(raw)
-            yield hashing
-            raw.flush()
-            os.fsync(raw.fileno())
-        _link(temporary, path) if exclusive else os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    # The folder is held from the first byte to the name, so that no link can take its place meanwhile.
+    with path.folder() if isinstance(path, ContainedPath) else nullcontext() as folder:
+        names = (temporary, path) if folder is None else (temporary.name, path.name)
+        there: dict[str, Any] = {} if folder is None else {"src_dir_fd": folder, "dst_dir_fd": folder}
+        try:
+            handle = os.open(names[0], _NEW_FILE, 0o666, dir_fd=folder)
+            with open(handle, "wb") as raw:
+                hashing = HashingFile(raw)
+                yield hashing
+                raw.flush()
+                os.fsync(raw.fileno())
+            _link(*names, there, path) if exclusive else os.replace(*names, **there)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(names[0], dir_fd=folder)
+            raise
+        sync_directory(path.parent) if folder is None else os.fsync(folder)
 
 
-def _link(temporary: Path, path: Path) -> None:
+def _link(temporary: Any, name: Any, there: dict[str, Any], path: Path) -> None:
     """Rename that does not replace. Raises FileExistsError."""
     try:
-        os.link(temporary, path)
+        os.link(temporary, name, **there)
     except FileExistsError:
         raise
     except OSError:
         # No hard links on this file system: then only the short moment between these lines is open.
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-        os.replace(temporary, path)
+        os.replace(temporary, name, **there)
     else:
-        temporary.unlink()
+        os.unlink(temporary, dir_fd=there.get("src_dir_fd"))
 
 
 def write_bytes(path: Place, data: bytes, *, exclusive: bool = False) -> None:
@@ -133,6 +143,7 @@ def remove_temporaries(directory: Path) -> None:
             host, pid = path.name.removeprefix(_TEMPORARY).split(".")[:2]
             dead = host == _HOST and not _is_running(int(pid))
             if dead or time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                # Of a folder that is a link, rmtree removes nothing.
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

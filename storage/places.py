@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from storage.contained import ContainedPath
 from storage.errors import RunError, UserError
 from storage.files import HashingFile
 from storage.new_path import check_slashes
@@ -189,12 +190,12 @@ def place(where: str | Path | RemotePath) -> Place:
     """The path or URL that a person named. Raises UserError for a URL that no file system serves."""
     if not isinstance(where, str) or "://" not in where:
         check_slashes(str(where))
-        return where if isinstance(where, RemotePath) else Path(where)
+        return where if isinstance(where, (RemotePath, ContainedPath)) else ContainedPath(where)
     scheme, _, rest = where.partition("://")
     if scheme in ("file", "local"):
         from fsspec.core import url_to_fs
 
-        return Path(url_to_fs(where)[1])
+        return ContainedPath(url_to_fs(where)[1])
     if not rest.strip("/"):
         raise UserError(f"{where}: names no bucket; a place is like s3://bucket/folder")
     remote = RemotePath(where.rstrip("/"))

@@ -120,7 +120,7 @@ def read_shard(
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
         with ExitStack() as stack:
-            source = stack.enter_context(open(path, "rb")) if file is None else file  # type: ignore[arg-type]
+            source = stack.enter_context(path.open("rb")) if file is None else file  # type: ignore[arg-type]
             parquet = stack.enter_context(
                 pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=file is not None)
             )
