@@ -37,7 +37,8 @@ class ContainedPath(type(Path())):  # type: ignore[misc]
     _depth = 0  # parts below the root
 
     def __truediv__(self, name: Any) -> ContainedPath:
-        child = super().__truediv__(name)
+        # Not through the parent's, which in some versions calls `joinpath`.
+        child = type(self)(os.path.join(self, name))
         child._depth = self._depth + len(child.parts) - len(self.parts)
         return child
 

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.damage import contents
 from storage.cache import Cache
+from storage.contained import ContainedPath
 from storage.errors import CacheError
 from tests.conftest import Finished, Tiny
 from tests.pipeline import apart
@@ -118,15 +119,15 @@ def test_two_commands_cannot_claim_one_directory(tmp_path: Path, monkeypatch: py
 
 def test_a_directory_claimed_between_two_looks_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manifest appears after it was looked for, and before the files are listed."""
-    listed = Path.iterdir
+    listed = ContainedPath.iterdir
 
     def late(path: Path) -> Any:
-        monkeypatch.setattr(Path, "iterdir", listed)
+        monkeypatch.setattr(ContainedPath, "iterdir", listed)
         write_cache(tmp_path / "cache", MANIFEST)
         return listed(path)
 
     (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(Path, "iterdir", late)
+    monkeypatch.setattr(ContainedPath, "iterdir", late)
     Cache.check_target(tmp_path / "cache")
     assert Cache.resume(tmp_path / "cache", MANIFEST) is not None
 
