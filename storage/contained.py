@@ -87,7 +87,9 @@ class ContainedPath(type(Path())):  # type: ignore[misc]
     def _kind(self) -> int | None:
         try:
             return self.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             return None
 
     def iterdir(self) -> Iterator[ContainedPath]:

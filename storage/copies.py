@@ -31,10 +31,20 @@ _prefetchers: dict[int, ThreadPoolExecutor] = {}  # by process id: threads do no
 
 
 def folder() -> Path:
-    """Where the copies lie; made where it is missing, for this user alone."""
+    """Return where the copies lie; made where it is missing, for this user alone.
+
+    Raises UserError where others can write into it.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(os.environ.get(FOLDER_VARIABLE) or Path(home) / "teacher-logit-cache")
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # A copy is known by its name and length, so nobody else may put one there.
+    there = path.stat()
+    if hasattr(os, "getuid") and (there.st_uid != os.getuid() or there.st_mode & 0o022):
+        raise UserError(
+            f"{path}: holds the local copies of remote shards, and others can write into it; let {FOLDER_VARIABLE} "
+            "name a folder that belongs to you and that nobody else can write into"
+        )
     return path
 
 

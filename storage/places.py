@@ -11,6 +11,7 @@ import errno
 import fnmatch
 import io
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,9 @@ CHUNK = 8 << 20  # bytes of one ranged request
 
 # Which extra of this package brings the file system of a scheme.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+# Where caches lie; this variable names further schemes of fsspec, with commas.
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https", "file", "local")
+SCHEMES_VARIABLE = "PIPELINE_SCHEMES"
 # Trying again does not help. NoCredentialsError is botocore's, which may not be installed.
 _FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 
@@ -191,6 +195,7 @@ def place(where: str | Path | RemotePath) -> Place:
     if not isinstance(where, str) or "://" not in where:
         check_slashes(str(where))
         return where if isinstance(where, (RemotePath, ContainedPath)) else ContainedPath(where)
+    check_url(where)
     scheme, _, rest = where.partition("://")
     if scheme in ("file", "local"):
         from fsspec.core import url_to_fs
@@ -201,6 +206,34 @@ def place(where: str | Path | RemotePath) -> Place:
     remote = RemotePath(where.rstrip("/"))
     remote._system()
     return remote
+
+
+def check_url(url: str) -> None:
+    """Raise UserError, which repeats no secret, for a URL of a kind that no cache lies at.
+
+    fsspec knows dozens of schemes: some read other files of this machine, run commands elsewhere, or wrap another URL.
+    A name and a password, or a signature behind `?`, would end up in logs and files.
+    """
+    shown = without_secrets(url)
+    scheme, _, rest = url.partition("://")
+    if "::" in url:
+        raise UserError(f"{shown}: a place inside another one; give a plain URL")
+    allowed = {*SCHEMES, *os.environ.get(SCHEMES_VARIABLE, "").replace(",", " ").split()}
+    if scheme not in allowed:
+        raise UserError(
+            f"{shown}: caches lie at {', '.join(f'{each}://' for each in SCHEMES)}; to allow {scheme}:// as well, set "
+            f"{SCHEMES_VARIABLE}={scheme}"
+        )
+    if "@" in rest.partition("/")[0]:
+        raise UserError(f"{shown}: a name or key in a URL is not taken; give it as the store's own client takes it")
+    if "?" in rest or "#" in rest:
+        raise UserError(f"{shown}: has a part behind ? or #, which is not taken; give the URL of the folder alone")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with no name, password, query or fragment in the URLs that it holds."""
+    text = re.sub(r"(?<=://)[^/\s@]+@", "***@", text)
+    return re.sub(r"(://[^\s?#]*)[?#][^\s]*", r"\1?***", text)
 
 
 class _RangedFile(io.RawIOBase):
@@ -237,4 +270,4 @@ def _cause(error: BaseException) -> str:
     if "Credentials" in type(error).__name__:
         return "no credentials found; set those of the store (for s3:// e.g. AWS_ACCESS_KEY_ID, AWS_PROFILE)"
     text = " ".join(str(error).split()) or type(error).__name__
-    return text[:200]
+    return without_secrets(text)[:200]

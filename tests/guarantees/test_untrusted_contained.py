@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from storage import copies
 from storage.cache import Cache
 from storage.contained import ContainedPath
-from storage.errors import CacheError
+from storage.errors import CacheError, UserError
 from storage.files import atomic_file, write_bytes
 from tests.conftest import Tiny
 
@@ -282,3 +283,66 @@ def test_a_file_longer_than_it_may_be_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(CacheError, match="more than the 1,000 that a card may have"):
         (root / "large").read_at_most(1000, "card")
+
+
+# ---- local copies of remote shards, and places ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+def test_copies_are_not_taken_from_a_folder_that_others_can_write(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    folder.chmod(mode)
+    monkeypatch.setenv("PIPELINE_COPIES", str(folder))
+    with pytest.raises(UserError, match="others can write into it; let PIPELINE_COPIES name a folder that belongs"):
+        copies.folder()
+    folder.chmod(0o755)
+    assert copies.folder() == folder
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+def test_copies_are_not_taken_from_somebody_else_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "copies"
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 12345, -1)
+    monkeypatch.setenv("PIPELINE_COPIES", str(folder))
+    with pytest.raises(UserError, match="others can write into it"):
+        copies.folder()
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("github://org:repo@main/cache", "to allow github:// as well, set PIPELINE_SCHEMES=github"),
+        ("sftp://host/cache", "to allow sftp:// as well"),
+        ("memory://cache", "to allow memory:// as well"),
+        ("http://127.0.0.1/cache", "to allow http:// as well"),
+        ("reference://cache", "to allow reference:// as well"),
+        ("simplecache::s3://bucket/cache", "a place inside another one"),
+        ("zip://inside::file:///etc/archive.zip", "a place inside another one"),
+        ("filecache::file:///etc", "a place inside another one"),
+        ("s3://AKIA123:wJalrXUtnFEMI@bucket/cache", "a name or key in a URL is not taken"),
+        ("https://user:wJalrXUtnFEMI@host/cache", "a name or key in a URL is not taken"),
+        ("s3://bucket/cache?X-Amz-Signature=wJalrXUtnFEMI", "has a part behind ? or #"),
+        ("gs://bucket/cache#wJalrXUtnFEMI", "has a part behind ? or #"),
+    ],
+)
+@pytest.mark.parametrize("command", ["verify", "train", "pull", "select"])
+def test_places_are_of_known_kinds_and_hold_no_secret(
+    url: str, sentence: str, command: str, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Any]
+) -> None:
+    ended = run(command, url, tiny, tmp_path, pipeline)  # type: ignore[arg-type]
+    assert ended.code == 2 and sentence in ended.err, ended.err
+    assert "wJalr" not in ended.err + ended.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_variable_allows_a_further_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    from storage.places import RemotePath, place
+
+    with pytest.raises(UserError):
+        place("memory://cache")
+    monkeypatch.setenv("PIPELINE_SCHEMES", "sftp,memory")
+    assert isinstance(place("memory://cache"), RemotePath)

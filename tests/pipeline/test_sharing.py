@@ -108,7 +108,7 @@ def test_shards_that_are_none(pipeline: Pipeline, cache_path: Path, tmp_path: Pa
     [
         (("inspect", "s3://bucket/nothing"), 2, "s3://bucket/nothing/manifest.json: there is no manifest here"),
         (("verify", "s3://nobucket/cache"), 2, "s3://nobucket/cache/manifest.json: there is no manifest here"),
-        (("verify", "magic://bucket/cache"), 2, "magic://bucket/cache: not a place"),
+        (("verify", "magic://bucket/cache"), 2, "magic://bucket/cache: caches lie at s3://"),
         (("pull", "s3://bucket/nothing", "back"), 2, "there is no manifest here"),
         (("push", "nowhere", URL), 2, "nowhere: no such directory"),
         (("bundle", "nowhere", "cache.tar.zst"), 2, "nowhere: no such directory"),

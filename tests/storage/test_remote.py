@@ -336,7 +336,7 @@ def test_of_two_claims_at_the_same_moment_one_wins(
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("nosuch://bucket/cache", "nosuch://bucket/cache: not a place"),
+        ("nosuch://bucket/cache", "nosuch://bucket/cache: caches lie at s3://"),
         ("s3://", "names no bucket"),
         ("s3://bucket/nothing", "s3://bucket/nothing/manifest.json: there is no manifest here"),
         ("s3://nobucket/cache", "s3://nobucket/cache/manifest.json: there is no manifest here"),
