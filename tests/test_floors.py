@@ -10,8 +10,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-# Not of ours: what a test dependency's own resolver needs to be told.
-HELPERS = {"boto3", "cfn-lint"}
+# Not dependencies of ours: said so that pip's search for versions that go with the rest ends.
+HELPERS = {"aiobotocore", "boto3", "botocore", "cfn-lint"}
 
 
 def floors() -> dict[str, Version]:
