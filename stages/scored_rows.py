@@ -14,7 +14,7 @@ from stages.statistics import StatisticsOptions
 from stages.teacher import ScoredSequence
 from storage import schema
 from storage.errors import RunError
-from storage.manifest import Manifest, PlannedShard, ScoringOptions
+from storage.manifest import CorpusIdentity, Manifest, PlannedShard, ScoringOptions
 from storage.rows import Ragged, Rows
 from storage.shard import structure_problems, value_problems
 
@@ -59,7 +59,10 @@ def problem_of(scored: ScoredSequence, options: StatisticsOptions, vocabulary_si
         min_n=options.min_n,
     )
     shard = PlannedShard(first=0, sequences=1, tokens=length)
-    manifest = Manifest.model_construct(scoring=scoring, vocabulary_size=vocabulary_size, shards=(shard,))
+    corpus = CorpusIdentity(fingerprint="", sequences=1, tokens=2)
+    manifest = Manifest.model_construct(
+        scoring=scoring, vocabulary_size=vocabulary_size, shards=(shard,), corpus=corpus
+    )
     return first_problem(rows_from_scored([scored], scoring), manifest, 0)
 
 
