@@ -181,12 +181,14 @@ def s3_server() -> Iterator[int]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(300):
+        for _ in range(1800):
             with socket.socket() as client:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             assert server.poll() is None, "the S3 server did not start"
             time.sleep(0.1)
+        else:
+            raise AssertionError("the S3 server did not answer within three minutes")
         yield port
     finally:
         server.kill()
