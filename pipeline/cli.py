@@ -25,7 +25,7 @@ from click.core import ParameterSource
 
 from pipeline.progress import printable
 from pipeline.signals import Stop, stopping
-from pipeline.streams import ready_streams
+from pipeline.streams import ready_streams, say
 from pipeline.threads import bound_spinning
 from stages import engine_log
 from stages.parent_watch import end_spawned_with_parent
@@ -160,7 +160,7 @@ def version() -> str:
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"pipeline {version()}")
+        say(f"pipeline {version()}")
         ctx.exit()
 
 
@@ -291,14 +291,14 @@ def _drop_output() -> None:
 def _report(error: BaseException, debug: bool) -> int:
     """Say on stderr what went wrong, and return the exit code."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(error.format_message(), err=True)
+        say(error.format_message(), err=True)
         return error.exit_code
     if isinstance(error, BrokenPipeError) and _reader_left():
         _drop_output()
         return 1
 
     if debug:
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        say("".join(traceback.format_exception(error)), err=True, nl=False)
     hint = None
     if isinstance(error, UserError):
         sentence, code = str(error), error.exit_code
@@ -313,9 +313,9 @@ def _report(error: BaseException, debug: bool) -> int:
     else:
         sentence, code = f"internal: {type(error).__name__}: {error}", 1
         hint = None if debug else "run again with --debug for the traceback"
-    click.echo(f"error: {printable(sentence)}", err=True)
+    say(f"error: {printable(sentence)}", err=True)
     if hint:
-        click.echo(hint, err=True)
+        say(hint, err=True)
     return code
 
 
@@ -331,8 +331,8 @@ def _report_stop(error: BaseException, stop: Stop, debug: bool, command: str | N
     what = f"stopped by {signal.Signals(stop.number or signal.SIGINT).name}" if terminated else "interrupted"
     with contextlib.suppress(OSError):  # the terminal may be gone
         if debug:
-            click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-        click.echo(printable("; ".join([what, *notes])), err=True)
+            say("".join(traceback.format_exception(error)), err=True, nl=False)
+        say(printable("; ".join([what, *notes])), err=True)
     return stop.exit_code
 
 

@@ -24,6 +24,8 @@ from storage.errors import UserError
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any] | click.Command)
 
 _MAPPINGS_META = "pipeline.config_mappings"
+# Options that run other people's code: somebody who is handed a file does not see what it would do.
+_TYPED_ALONE = {"trust-remote-code": "it runs Python code that comes with a model"}
 # More than any list of options.
 _MAX_BYTES = 1 << 20
 _NULL = "tag:yaml.org,2002:null"
@@ -175,6 +177,8 @@ def _read(
             close = difflib.get_close_matches(key.replace("_", "-"), names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"{command.name} --help lists the names"
             raise UserError(f"{where}: {command.name} has no such option; {hint}")
+        if (why := _TYPED_ALONE.get(name.replace("_", "-"))) is not None:
+            raise UserError(f"{where}: {why}, so it is taken on the command line alone")
         if name in seen:
             raise UserError(f"{where}: the same option is already set as {seen[name]!r}; keep one of them")
         seen[name] = key

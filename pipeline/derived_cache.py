@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import click
-
 from pipeline.progress import Progress
 from pipeline.reports import show_cache
+from pipeline.streams import say
 
 if TYPE_CHECKING:
     from stages.derivation import Derivation
@@ -28,7 +27,7 @@ def derive(derivation: Derivation, output: str, doing: str, without_prior: str, 
         check_apart(source, output, "cache")
     Cache.resume(output, derivation.manifest)
     if not derivation.has_prior:
-        click.echo(f"the new cache has no tail prior: {without_prior}", err=True)
+        say(f"the new cache has no tail prior: {without_prior}", err=True)
     with Progress(doing, derivation.manifest.corpus.tokens) as progress:
         cache, numbers = write(derivation, output, progress.advance)
     show_cache(cache, numbers)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline.progress import on_terminal
-from pipeline.streams import has_characters
+from pipeline.streams import has_characters, printable_text
 from storage.words import counted
 
 if TYPE_CHECKING:
@@ -92,13 +92,6 @@ def between_marks(view: Sequence[Stretch]) -> tuple[str, str, str]:
         if _parsed(text, opening, closing) == list(view):
             return text, opening, closing
     raise AssertionError("unreachable: one of endless pairs of marks is not in the text")
-
-
-def printable_text(text: str) -> str:
-    """Return text that cannot steer a terminal: as it is but for control characters, which are escaped."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
-    )
 
 
 def _runs(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,10 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+import click
+
+from storage.redact import without_secrets
+
 _ASCII = "terminal_ascii"
 
 
@@ -27,6 +31,25 @@ def ready_streams() -> None:
                 # click takes a stream that says "ascii" for one that says nothing, and writes UTF-8 to it.
                 reconfigure(encoding=_ASCII)
         reconfigure(errors="backslashreplace")
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Write a text to stdout, or stderr, without secrets and with everything escaped that could steer a terminal.
+
+    The one way for commands to write: names, notes and messages in it may come from a cache, a server or a file of
+    somebody else. err: to stderr. nl: end it with a line break.
+    """
+    click.echo(printable_text(without_secrets(text)), err=err, nl=nl)
+
+
+def printable_text(text: str) -> str:
+    """Return text that cannot steer a terminal: as it is but for control characters, which are escaped.
+
+    Those that reverse the direction of writing or take no room are among them.
+    """
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode("ascii") for char in text
+    )
 
 
 def has_characters(stream: TextIO, text: str) -> bool:

@@ -44,6 +44,7 @@ from storage.errors import CacheError, RunError, UserError
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, checked
 from storage.places import place
 from storage.plan import plan_shards
+from storage.redact import without_secrets
 from storage.sketch_file import SketchFile
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ def _source(options: CacheOptions) -> dict[str, Any]:
     # A name that is not UTF-8 cannot be written as it is.
     name = os.fsencode(Path(options.dataset).name).decode(errors="replace")
     said = {
-        "dataset": name if local else options.dataset,
+        "dataset": name if local else without_secrets(options.dataset),
         "split": options.split if local else options.split or "train",
         "limit": options.limit,
         "license": options.license,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from stages.summary import QUANTILES, Summary
 from storage.cache import Cache
@@ -15,16 +16,16 @@ def card(cache: Cache, summary: Summary) -> str:
     scoring = manifest.scoring
     columns = "\n".join(f"| `{c.name}` | {c.per} | {c.unit} | {c.meaning} |" for c in manifest.columns)
     quantiles = ", ".join(f"{q:.0%}: {value:.3g}" for q, value in zip(QUANTILES, summary.unc_quantiles, strict=True))
-    source = _inline(str(manifest.source.get("dataset", "unknown")))
+    source = _code(manifest.source.get("dataset", "unknown"))
     top_n = f"{scoring.top_n}"
     if scoring.tail_epsilon:
         top_n = f"{scoring.min_n} to {top_n}, until less than {scoring.tail_epsilon:g} of the mass is left; "
         top_n += f"{summary.mean_top_n:.1f} on average"
     derived = (
-        ", ".join(f"{counted(o.sequences, 'sequence')} of cache `{o.cache_id}`" for o in manifest.derived_from)
+        ", ".join(f"{counted(o.sequences, 'sequence')} of cache `{_code(o.cache_id)}`" for o in manifest.derived_from)
         or "text"
     )
-    revision = f" at revision `{manifest.teacher.revision}`" if manifest.teacher.revision else ""
+    revision = f" at revision `{_code(manifest.teacher.revision)}`" if manifest.teacher.revision else ""
     licence = manifest.source.get("license")
     license_line = f"license: {json.dumps(str(licence))}\n" if licence else ""
     temperatures = "".join(f", {t:g}" for t in scoring.temperatures)
@@ -32,7 +33,7 @@ def card(cache: Cache, summary: Summary) -> str:
     weights = f"sha256 {manifest.teacher.weights[:16]}... of a sample" if manifest.teacher.weights else "as on the hub"
     made_with = ", ".join(f"{_inline(k)} {_inline(v)}" for k, v in manifest.made_with.items() if k != "engine")
     data = f", split {_inline(str(manifest.source['split']))}" if "split" in manifest.source else ""
-    data += f", the first {counted(manifest.source['limit'], 'row')}" if "limit" in manifest.source else ""
+    data += f", the first {_rows(manifest.source['limit'])}" if "limit" in manifest.source else ""
     citation = manifest.source.get("citation")
     citation = f"\nTo cite the source of the text:\n\n```text\n{_block(str(citation))}\n```\n" if citation else ""
     return f"""---
@@ -53,7 +54,7 @@ configs:
 
 # Teacher log-probabilities of {_inline(manifest.teacher.name)}
 
-What the teacher `{_inline(manifest.teacher.name)}`{revision} believed about every token of `{source}`: the
+What the teacher `{_code(manifest.teacher.name)}`{revision} believed about every token of `{source}`: the
 most probable tokens at each position with their log-probabilities, the log-probability of the token
 that really came next, and the mass of all others. Students are trained from it without the teacher:
 
@@ -72,13 +73,13 @@ teacher itself.
 | | |
 | --- | --- |
 | cache id | `{manifest.cache_id}` (format version {manifest.format_version}) |
-| teacher | `{_inline(manifest.teacher.name)}`, {_inline(manifest.teacher.architecture)}, scored in {scoring.dtype} |
+| teacher | `{_code(manifest.teacher.name)}`, {_inline(manifest.teacher.architecture)}, in {_inline(scoring.dtype)} |
 | teacher's weights | {_inline(weights)} |
 | engine | {_inline(scoring.engine)}; {made_with} |
 | made from | {derived} |
 | data | `{source}`{data} |
 | longest sequence | {scoring.max_length} tokens |
-| corpus fingerprint | `{manifest.corpus.fingerprint}` |
+| corpus fingerprint | `{_code(manifest.corpus.fingerprint)}` |
 | licence | {_inline(str(licence)) if licence else "not stated"} |
 | vocabulary | {manifest.vocabulary_size} |
 
@@ -132,11 +133,28 @@ def _sketch(cache: Cache, summary: Summary) -> str:
     return f"rank {sketch.rank}, {sketch.residual_samples} residual samples per position{kl}"
 
 
-def _inline(text: str) -> str:
-    """Text that cannot break out of a table cell or a code span."""
-    return " ".join(text.replace("`", "'").replace("|", "/").replace("<", "&lt;").split())[:200]
+def _rows(limit: object) -> str:
+    return counted(limit, "row") if isinstance(limit, int) else _inline(limit)
+
+
+def _code(text: object) -> str:
+    """Text that cannot break out of a code span in a table."""
+    return _line(text).replace("`", "'").replace("|", "/")
+
+
+def _inline(text: object) -> str:
+    """Text that is neither Markdown nor HTML: no emphasis, link, image, tag or cell comes of it, and no address."""
+    escaped = re.sub(r"([\\`*_\[\]!|~$])", r"\\\1", _line(text).replace("&", "&amp;").replace("<", "&lt;"))
+    # Addresses become links by themselves.
+    return escaped.replace("://", ":&#47;/").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _line(text: object) -> str:
+    """One line of at most 200 characters, without those that control or turn it."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())[:200]
 
 
 def _block(text: str) -> str:
-    """Text that cannot end the code block it stands in."""
-    return "\n".join(line.replace("```", "'''") for line in text.strip().splitlines())[:5000]
+    """Text that cannot end the code block it stands in, without characters that control or turn it."""
+    lines = (line.replace("```", "'''").replace("~~~", "'''") for line in text.strip().splitlines())
+    return "\n".join("".join(char for char in line if char.isprintable()) for line in lines)[:5000]

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from storage.errors import RunError, UserError
+from storage.redact import without_secrets
 
 # Where the key of a server that asks for one is taken from.
 KEY_VARIABLE = "PIPELINE_SERVER_KEY"
@@ -34,6 +35,7 @@ class Patience:
     attempts: int = 6
     timeout: float = 600.0  # of one answer
     connect_timeout: float = 10.0  # of the questions at the start
+    most_bytes: int = 1 << 30  # of one answer
     first_wait: float = 0.5  # doubled after each try
 
 
@@ -80,7 +82,7 @@ class HttpClient:
             except (OSError, http.client.HTTPException) as error:
                 raise UserError(f"{self.url}: no server answers ({_cause(error)}); {self._remedy(error)}") from None
             if 300 <= status < 400:
-                elsewhere = headers.get("Location") or "another address"
+                elsewhere = without_secrets(headers.get("Location") or "another address")[:200]
                 raise UserError(f"{self.url}{path}: sends on to {elsewhere}; give the address of the server itself")
             if status in (401, 403):
                 raise UserError(f"{self.url}{path}: {self._refused(status)}")
@@ -136,14 +138,39 @@ class HttpClient:
         self, method: str, path: str, body: dict[str, Any] | None, timeout: float
     ) -> tuple[int, bytes, http.client.HTTPMessage]:
         connection = self._connection(timeout)
+        # One deadline for all of it: a socket's own is for each piece that comes, and a server may drip.
+        ended = threading.Event()
+        # Its own, for a connection lets go of one that is to be closed after the answer, which is then still read.
+        sockets: list[socket.socket] = []
+        clock = threading.Timer(timeout, _end, (sockets, ended))
+        clock.daemon = True
+        clock.start()
         try:
             payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+            if connection.sock is None:
+                connection.connect()
+            sockets.append(connection.sock)
             connection.request(method, self._prefix + path, payload, self._headers)
             response = connection.getresponse()
-            answer = response.read()
-        except BaseException:
+            answer = response.read(self.patience.most_bytes + 1)
+            if ended.is_set():
+                raise TimeoutError
+            if response.length and len(answer) <= self.patience.most_bytes:
+                # Read in one piece, it would have said so itself.
+                raise http.client.IncompleteRead(answer, response.length)
+        except BaseException as error:
             self._drop(connection)
+            if ended.is_set() and isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+                raise TimeoutError from None
             raise
+        finally:
+            clock.cancel()
+        if len(answer) > self.patience.most_bytes:
+            self._drop(connection)
+            raise UserError(
+                f"{self.url}{path}: answers with more than {self.patience.most_bytes:,} bytes, the most that is read "
+                "of one answer; give fewer --top-n or shorter sequences"
+            )
         if response.will_close:
             self._drop(connection)
         return response.status, answer, response.headers
@@ -177,6 +204,14 @@ class HttpClient:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
                 sock.close()
+
+
+def _end(sockets: list[socket.socket], ended: threading.Event) -> None:
+    """End an exchange whose time is up, wherever it is: whoever waits for the socket hears of it at once."""
+    ended.set()
+    for sock in sockets:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def _split(url: str) -> SplitResult:

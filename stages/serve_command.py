@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from stages.http_client import KEY_VARIABLE
 from stages.statistics import StatisticsOptions
 from stages.vllm_plugin import CONFIG_KEY, options_to_config, statistics_architecture
 
@@ -68,7 +69,8 @@ class Serving:
             command += ["--revision", self.revision]
         if self.trust_remote_code:
             command += ["--trust-remote-code"]
-        return shlex.join(command)
+        # The shell puts the key in, so that it stands on no screen and in no log.
+        return f'{shlex.join(command)} --api-key "${KEY_VARIABLE}"'
 
 
 def _program() -> list[str]:

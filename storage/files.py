@@ -90,7 +90,7 @@ def atomic_file(path: Place, *, exclusive: bool = False) -> Iterator[HashingFile
     temporary = temporary_for(path)
     # The folder is held from the first byte to the name, so that no link can take its place meanwhile.
     with path.folder() if isinstance(path, ContainedPath) else nullcontext() as folder:
-        names = (temporary, path) if folder is None else (temporary.name, path.name)
+        names: tuple[Any, Any] = (temporary, path) if folder is None else (temporary.name, path.name)
         there: dict[str, Any] = {} if folder is None else {"src_dir_fd": folder, "dst_dir_fd": folder}
         try:
             handle = os.open(names[0], _NEW_FILE, 0o666, dir_fd=folder)
@@ -155,6 +155,18 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def open_to_umask(folder: Path) -> None:
+    """Give the files of a folder the permissions that this process gives new files.
+
+    Some libraries write through a temporary file that is for its owner alone, and leave it so.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def sha256_file(path: Place) -> str:

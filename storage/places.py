@@ -11,7 +11,6 @@ import errno
 import fnmatch
 import io
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from storage.contained import ContainedPath
 from storage.errors import RunError, UserError
 from storage.files import HashingFile
 from storage.new_path import check_slashes
+from storage.redact import without_secrets
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -228,12 +228,6 @@ def check_url(url: str) -> None:
         raise UserError(f"{shown}: a name or key in a URL is not taken; give it as the store's own client takes it")
     if "?" in rest or "#" in rest:
         raise UserError(f"{shown}: has a part behind ? or #, which is not taken; give the URL of the folder alone")
-
-
-def without_secrets(text: str) -> str:
-    """Return a text with no name, password, query or fragment in the URLs that it holds."""
-    text = re.sub(r"(?<=://)[^/\s@]+@", "***@", text)
-    return re.sub(r"(://[^\s?#]*)[?#][^\s]*", r"\1?***", text)
 
 
 class _RangedFile(io.RawIOBase):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -120,7 +120,7 @@ def read_shard(
             raise CacheError(f"{path}: this cache holds no column {name}; it has {', '.join(wanted)}")
     try:
         with ExitStack() as stack:
-            source = stack.enter_context(path.open("rb")) if file is None else file  # type: ignore[arg-type]
+            source: Any = stack.enter_context(path.open("rb")) if file is None else file
             parquet = stack.enter_context(
                 pq.ParquetFile(source, page_checksum_verification=page_checksums, pre_buffer=file is not None)
             )

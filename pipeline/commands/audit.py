@@ -12,6 +12,7 @@ from pipeline.config_file import config_option
 from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, summary, table
 from pipeline.shared_options import engine_options, options_of
+from pipeline.streams import say
 from storage.errors import RunError
 
 # The teacher and what runs it, as for cache-teacher.
@@ -76,16 +77,16 @@ def command(directory: str, as_json: bool, **given: Any) -> None:
 
     engine = engine_options(given)
     prepared = prepare(AuditOptions(directory, engine, **given))
-    click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason}), {prepared.dtype}", err=True)
+    say(f"engine: {prepared.choice.engine} ({prepared.choice.reason}), {prepared.dtype}", err=True)
     for note in prepared.choice.notes:
-        click.echo(f"engine: {note}", err=True)
+        say(f"engine: {note}", err=True)
     for difference in prepared.identity_differences:
-        click.echo(f"the manifest describes another teacher: {difference}", err=True)
+        say(f"the manifest describes another teacher: {difference}", err=True)
     start(prepared)
     with Progress("auditing", prepared.tokens) as progress:
         audit = run(prepared, progress.advance)
     if as_json:
-        click.echo(json.dumps({"passes": audit.passes, "verdict": audit.verdict, **asdict(audit)}, indent=2))
+        say(json.dumps({"passes": audit.passes, "verdict": audit.verdict, **asdict(audit)}, indent=2))
     else:
         ours, control = audit.cache, audit.control
         table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.progress import Progress
+from pipeline.streams import say
 from storage.errors import UserError
 from storage.words import counted
 
@@ -38,4 +39,4 @@ def command(directory: str, file: str) -> None:
     shards = cache.manifest.shards
     with Progress("bundling", sum(shards[index].tokens for index in cache.shards_here)) as progress:
         digest = bundle(cache, path, lambda shard: progress.advance(shards[shard].tokens))
-    click.echo(f"{file}: {counted(path.stat().st_size, 'byte')}, sha256 {digest} (in {checksum_path(path).name})")
+    say(f"{file}: {counted(path.stat().st_size, 'byte')}, sha256 {digest} (in {checksum_path(path).name})")

@@ -13,6 +13,7 @@ from pipeline.progress import Progress, printable
 from pipeline.reports import show_cache
 from pipeline.shared_options import chat_options, chat_settings, engine_options
 from pipeline.signals import saying
+from pipeline.streams import say
 from storage.words import counted, part_of
 
 if TYPE_CHECKING:
@@ -242,16 +243,16 @@ def command(**given: Any) -> None:
     prepared = prepare(cache_options(given))
     report_corpus(prepared.report)
     _show_first(prepared)
-    click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
+    say(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     for note in prepared.choice.notes:
-        click.echo(f"engine: {note}", err=True)
+        say(f"engine: {note}", err=True)
     if prepared.note:
-        click.echo(prepared.note, err=True)
+        say(prepared.note, err=True)
     total, waiting = len(prepared.manifest.shards), len(prepared.pending)
     if waiting == total:
-        click.echo(f"{counted(total, 'shard')} to score", err=True)
+        say(f"{counted(total, 'shard')} to score", err=True)
     else:
-        click.echo(
+        say(
             f"{part_of(total - waiting, total, 'shard')} done already, {waiting} to score",
             err=True,
         )
@@ -269,15 +270,15 @@ def _score(prepared: PreparedCache) -> tuple[Cache, Summary]:
 
     tokens, planned = prepared.manifest.corpus.tokens, prepared.choice
     if prepared.pending:
-        click.echo("loading the teacher", err=True)
+        say("loading the teacher", err=True)
     start(prepared)
     if prepared.choice is not planned:
-        click.echo(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
+        say(f"engine: {prepared.choice.engine} ({prepared.choice.reason})", err=True)
     for note in prepared.teacher.notes if prepared.teacher else ():
         if note not in prepared.choice.notes:
-            click.echo(f"engine: {note}", err=True)
+            say(f"engine: {note}", err=True)
     if (sequences := prepared.calibration) is not None:
-        click.echo("calibrating the sketch on the first positions", err=True)
+        say("calibrating the sketch on the first positions", err=True)
         with Progress("calibrating", sum(len(s.input_ids) for s in sequences)) as progress:
             calibrate(prepared, progress.advance)
         _report_sketch(*try_sketch(prepared))
@@ -320,12 +321,12 @@ def _show_first(prepared: PreparedCache) -> None:
 def _report_sketch(explained: float, equal_tail_samples: float | None) -> None:
     from stages.cache_options import DEFAULT_TAIL_SAMPLES
 
-    click.echo(f"the sketch explains {explained:.3f} of the variance of the teacher's logits", err=True)
+    say(f"the sketch explains {explained:.3f} of the variance of the teacher's logits", err=True)
     if equal_tail_samples is None:
         return
-    click.echo(f"its residual samples are as noisy as {equal_tail_samples:,.0f} tail samples would be", err=True)
+    say(f"its residual samples are as noisy as {equal_tail_samples:,.0f} tail samples would be", err=True)
     if equal_tail_samples < DEFAULT_TAIL_SAMPLES:
-        click.echo(
+        say(
             f"{DEFAULT_TAIL_SAMPLES} tail samples, the default without --sketch-rank, are nearer to this teacher; "
             "a higher rank may be, too",
             err=True,
@@ -334,7 +335,7 @@ def _report_sketch(explained: float, equal_tail_samples: float | None) -> None:
 
 def report_corpus(report: CorpusReport) -> None:
     """What became of the rows, on stderr; every kind of loss that occurred is named."""
-    click.echo(
+    say(
         f"corpus: {counted(report.rows, 'row')}, {counted(report.sequences, 'sequence')}, "
         f"{counted(report.tokens, 'token')}, "
         f"{report.trained_positions} of {counted(report.scored_positions, 'position')} with a loss",
@@ -348,14 +349,14 @@ def report_corpus(report: CorpusReport) -> None:
         (report.split, "row", "longer than --max-length split into several sequences"),
     ]:
         if count:
-            click.echo(f"corpus: {counted(count, noun)} {what}", err=True)
+            say(f"corpus: {counted(count, noun)} {what}", err=True)
     for field, noun, one, several in _WHAT_ROWS_DO:
         if number := getattr(report, field):
-            click.echo(f"corpus: {counted(number, noun)} {one if number == 1 else several}", err=True)
+            say(f"corpus: {counted(number, noun)} {one if number == 1 else several}", err=True)
     if report.unread_columns:
-        click.echo(f"corpus: columns that are not read: {printable(', '.join(report.unread_columns))}", err=True)
+        say(f"corpus: columns that are not read: {printable(', '.join(report.unread_columns))}", err=True)
     for note in report.notes:
-        click.echo(f"corpus: {printable(note)}", err=True)
+        say(f"corpus: {printable(note)}", err=True)
 
 
 def _both(verb: str, rest: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from pipeline.option_types import SEED, FloatRange
 from pipeline.progress import Progress, summary
 from pipeline.shared_options import chat_options, chat_settings
 from pipeline.signals import saying
+from pipeline.streams import say
 from storage.words import part_of
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def command(**given: Any) -> None:
     prepared = prepare(options)
     left = len(prepared.prompts) - prepared.done
     there = part_of(prepared.done, len(prepared.prompts), "completion")
-    click.echo(f"{there} there already, {left} to write", err=True)
-    click.echo(_sampling_sentence(options.temperature, options.top_p, options.seed, own_sampling(options)), err=True)
+    say(f"{there} there already, {left} to write", err=True)
+    say(_sampling_sentence(options.temperature, options.top_p, options.seed, own_sampling(options)), err=True)
     new = 0
 
     def advance(tokens: int) -> None:
@@ -112,7 +113,7 @@ def command(**given: Any) -> None:
     rows = [("where", options.output), ("completions", made.completions), ("cut at --max-new-tokens", made.cut)]
     summary("completions", [*rows, ("tokens written now", new)])
     if made.cut:
-        click.echo(
+        say(
             f"{part_of(made.cut, made.completions, 'completion')} cut "
             f"(finish_reason: length): cache-teacher trains no end there; a higher --max-new-tokens lets them end",
             err=True,

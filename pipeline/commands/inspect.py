@@ -10,6 +10,7 @@ import click
 
 from pipeline.progress import summary, table
 from pipeline.reports import summary_rows
+from pipeline.streams import say
 from storage.errors import UserError
 from storage.words import counted
 
@@ -122,7 +123,7 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
         ],
     )
     if not mask[position]:
-        click.echo("this position has no loss, so its top-N is not stored")
+        say("this position has no loss, so its top-N is not stored")
         return
     start = int(counts[:position].sum())
     shown = slice(start, start + min(alternatives or _ALTERNATIVES, int(counts[position])))

@@ -13,6 +13,7 @@ from pipeline.option_types import FloatRange
 from pipeline.progress import summary, table
 from pipeline.reports import noise_rows, number
 from pipeline.shared_options import options_of
+from pipeline.streams import say
 from storage.words import counted
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
 
     options = cache_teacher.cache_options(given)
     if probe is not None:
-        click.echo(f"the teacher is loaded and scores {counted(probe, 'sequence')}", err=True)
+        say(f"the teacher is loaded and scores {counted(probe, 'sequence')}", err=True)
     found = plan(options, probe=probe, student_epochs=student_epochs)
     report, measured = found.report, found.probe
     cache_teacher.report_corpus(report)
@@ -78,7 +79,7 @@ def command(probe: int | None, student_epochs: float, as_json: bool, **given: An
             "runs_to_pay": found.runs_to_pay,
             "bytes_of_equal_noise": found.bytes_of_equal_noise,
         }
-        click.echo(json.dumps({**asdict(found), **derived}, indent=2))
+        say(json.dumps({**asdict(found), **derived}, indent=2))
         return
     if measured is None:
         table(

@@ -6,6 +6,7 @@ import click
 
 from pipeline.numbers import parse_range
 from pipeline.progress import Progress
+from pipeline.streams import say
 from storage.words import counted
 
 
@@ -43,4 +44,4 @@ def command(url: str, directory: str, shards: str | None, jobs: int) -> None:
         copied = copy_cache(
             cache, directory, shards=wanted, jobs=jobs, progress=lambda shard: progress.advance(planned[shard].tokens)
         )
-    click.echo(f"{directory}: {len(wanted)} of {counted(len(planned), 'shard')}, {copied} of them copied now")
+    say(f"{directory}: {len(wanted)} of {counted(len(planned), 'shard')}, {copied} of them copied now")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.progress import Progress
+from pipeline.streams import say
 from storage.words import counted
 
 
@@ -31,6 +32,4 @@ def command(directory: str, url: str, jobs: int) -> None:
     shards = cache.manifest.shards
     with Progress("pushing", cache.manifest.corpus.tokens) as progress:
         copied = copy_cache(cache, url, jobs=jobs, progress=lambda shard: progress.advance(shards[shard].tokens))
-    click.echo(
-        f"{url}: {counted(len(shards), 'shard')}, {copied} of them copied now; cache id {cache.manifest.cache_id}"
-    )
+    say(f"{url}: {counted(len(shards), 'shard')}, {copied} of them copied now; cache id {cache.manifest.cache_id}")

@@ -14,6 +14,7 @@ from pipeline.numbers import format_share
 from pipeline.option_types import SEED, FloatRange, ShareOrWord
 from pipeline.progress import summary
 from pipeline.signals import saying
+from pipeline.streams import say
 from storage.words import counted
 
 if TYPE_CHECKING:
@@ -277,19 +278,19 @@ def command(**given: Any) -> None:
     prepared = prepare(StudentOptions(objective=objective, trainer=trainer, **given))
     for part in prepared.parts:
         if part.cache.is_partial:
-            click.echo(_part_sentence(part), err=True)
+            say(_part_sentence(part), err=True)
     for note in prepared.notes:
-        click.echo(note, err=True)
+        say(note, err=True)
     if prepared.finished is not None:
-        click.echo(f"{prepared.options.output}: this run is finished already", err=True)
+        say(f"{prepared.options.output}: this run is finished already", err=True)
         report = prepared.finished
     else:
         if prepared.checkpoint:
-            click.echo(f"going on from {prepared.checkpoint}", err=True)
+            say(f"going on from {prepared.checkpoint}", err=True)
         from pipeline.training_progress import TrainingProgress
 
         with saying(lambda: _kept(prepared)):
-            report = train(prepared, [TrainingProgress(prepared.train_tokens)], lambda note: click.echo(note, err=True))
+            report = train(prepared, [TrainingProgress(prepared.train_tokens)], lambda note: say(note, err=True))
     # Of several processes that train together, one says how it went.
     if os.environ.get("RANK", "0") == "0":
         summary("student", _rows(prepared.options.output, report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from pipeline.streams import say
 from storage.words import counted
 
 
@@ -24,6 +25,4 @@ def command(file: str, directory: str) -> None:
     from storage.new_path import local_path
 
     cache = unbundle(local_path(file, "a bundle"), local_path(directory, "an unpacked cache"))
-    click.echo(
-        f"{directory}: {counted(len(cache.shards_here), 'shard')}, all sound; cache id {cache.manifest.cache_id}"
-    )
+    say(f"{directory}: {counted(len(cache.shards_here), 'shard')}, all sound; cache id {cache.manifest.cache_id}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.progress import Progress, printable
+from pipeline.streams import say
 from storage.errors import RunError, UserError
 from storage.words import counted
 
@@ -34,12 +35,12 @@ def command(directory: str) -> None:
     with Progress("verifying", tokens) as progress:
         for problem in integrity.problems(cache, lambda shard: progress.advance(shards[shard].tokens)):
             found += 1
-            click.echo(printable(problem))
+            say(printable(problem))
     try:
         cache_tokenizer(cache)
     except UserError as error:
         found += 1
-        click.echo(printable(str(error)))
+        say(printable(str(error)))
     if found:
         raise RunError(f"{directory}: {counted(found, 'problem')} in this cache")
-    click.echo(f"{directory}: {counted(len(cache.shards_here), 'shard')}, {counted(tokens, 'token')}, all sound")
+    say(f"{directory}: {counted(len(cache.shards_here), 'shard')}, {counted(tokens, 'token')}, all sound")

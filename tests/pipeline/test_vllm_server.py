@@ -397,7 +397,8 @@ def test_the_command_without_an_address(
     begin, model, options = command.partition("./teacher")
     assert model and begins in f"`{begin}"
     assert begin.strip() in PAGE.read_text(encoding="utf-8")
-    assert shlex.split(options) == serves()[0][3:]
+    *words, key, value = shlex.split(options)
+    assert words == serves()[0][3:] and (key, value) == ("--api-key", "$PIPELINE_SERVER_KEY")
     assert not Path("cache").exists()
 
 

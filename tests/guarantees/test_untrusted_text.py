@@ -1,0 +1,230 @@
+"""Text of somebody else steers no terminal and no page, and secrets reach neither: each attack is run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.streams import say
+from stages.card import card
+from stages.summary import summarize
+from storage.cache import Cache
+from storage.redact import without_secrets
+from tests.conftest import Tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u200b\u2066\udc80\r\b"
+
+
+# ---- terminals --------------------------------------------------------------------------------------------------
+
+
+def test_commands_write_through_one_function() -> None:
+    """So that no text can pass by it."""
+    found = []
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("click.echo", "click.secho", "print", "secho"):
+                found.append(f"{path.name}:{node.lineno}")
+    assert len(found) == 1 and found[0].startswith("streams.py"), found
+
+
+def test_nothing_that_steers_gets_through(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"a {STEERING} b", err=True)
+    said = capsys.readouterr().err
+    assert said.endswith(" b\n") and all(char.isprintable() or char == "\n" for char in said)
+
+
+def poisoned(cache_path: Path, target: Path, **teacher: str) -> Path:
+    """A cache whose manifest holds text of somebody else; its receipts go with it, so that it is opened."""
+    shutil.copytree(cache_path, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["source"] |= {"dataset": f"data{STEERING}", "split": STEERING, "limit": STEERING}
+    manifest["made_with"] |= {f"torch{STEERING}": STEERING}
+    manifest["teacher"] |= teacher
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_cache_steers_no_terminal(
+    debug: bool, cache_path: Path, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Any]
+) -> None:
+    cache = poisoned(cache_path, tmp_path / "cache", name=f"teacher{STEERING}")
+    flags = ["--debug"] if debug else []
+    for words in (
+        ["inspect", cache], ["verify", cache], ["bundle", cache, tmp_path / "b.tar.zst"],
+        ["train-student", "--student", tiny.student, "--shards", cache, "--output", tmp_path / "o", "--max-steps", 1],
+        ["merge", cache, cache_path, "--output", tmp_path / "m"],
+    ):  # fmt: skip
+        ended = pipeline(*flags, *words)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u200b\u2066\udc80]", _lines(ended.out + ended.err)), (
+            words
+        )
+
+
+def _lines(text: str) -> str:
+    # What the libraries of models draw while they load.
+    return "\n".join(
+        line for line in text.splitlines() if "Loading weights" not in line and "Writing model" not in line
+    )
+
+
+# ---- pages ------------------------------------------------------------------------------------------------------
+
+MARKUP = (
+    "`</code><script>alert(1)</script>`", "[click](javascript:alert(1))", "![x](https://evil.example/pixel.png)",
+    "<img src=x onerror=alert(1)>", "| a | b |\n| --- | --- |", "# heading\n\n---\nlicense: mit", "https://evil.example",
+    "www.evil.example", "@everyone", "*bold* _it_ ~~no~~ $x$", "a\u202eb", "\x1b[31m",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("markup", MARKUP)
+def test_a_card_is_no_page_of_somebody_else(markup: str, cache_path: Path) -> None:
+    cache = Cache.open(str(cache_path))
+    manifest = cache.manifest
+    fields = {"name": markup, "revision": markup, "architecture": markup, "weights": markup}
+    cache.manifest = manifest.model_copy(
+        update={
+            "teacher": manifest.teacher.model_copy(update=fields),
+            "scoring": manifest.scoring.model_copy(update={"dtype": markup, "engine": markup}),
+            "corpus": manifest.corpus.model_copy(update={"fingerprint": markup}),
+            "source": dict.fromkeys(("dataset", "split", "limit", "license", "citation"), markup),
+            "made_with": {markup: markup, "engine": markup},
+        }
+    )
+    plain = Cache.open(str(cache_path))
+    plain.manifest = cache.manifest.model_copy(
+        update={
+            "teacher": manifest.teacher.model_copy(update=dict.fromkeys(fields, "x")),
+            "scoring": manifest.scoring.model_copy(update={"dtype": "x", "engine": "x"}),
+            "corpus": manifest.corpus.model_copy(update={"fingerprint": "x"}),
+            "source": dict.fromkeys(("dataset", "split", "limit", "license", "citation"), "x"),
+            "made_with": {"x": "x", "engine": "x"},
+        }
+    )
+    numbers = summarize(Cache.open(str(cache_path)))
+    text, expected = card(cache, numbers), card(plain, numbers)
+    front, body = text.split("\n---\n", 1)
+    assert yaml.safe_load(front)["pretty_name"].endswith(markup)
+    assert {*yaml.safe_load(front)} == {*yaml.safe_load(expected.split("\n---\n", 1)[0])}
+    # As many lines, rows and cells as with harmless text, but for the citation in its block.
+    start = body.index("```text\n")
+    assert body[:start].count("\n") == expected.split("\n---\n", 1)[1][
+        : expected.split("\n---\n", 1)[1].index("```text\n")
+    ].count("\n")
+    bodies = (each.split("\n---\n", 1)[1].partition("```text\n")[0] for each in (text, expected))
+    cells = [len(re.findall(r"(?<!\\)\|", each)) for each in bodies]
+    assert cells[0] == cells[1]
+    assert body.count("```") == expected.count("```")
+    outside = re.sub(r"`[^`\n]*`", "", body[:start])
+    assert not re.search(r"<(script|img)|(?<!\\)\]\(|(?<!\\)!\[|://evil|www\.evil|@everyone", outside)
+    assert all(char.isprintable() or char == "\n" for char in body)
+
+
+# ---- secrets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://AKIA:secret@bucket/x: no", "s3://***@bucket/x: no"),
+        ("https://h/x?X-Amz-Signature=abc&y=1 failed", "https://h/x?*** failed"),
+        ("'https://h/x?sig=abc'", "'https://h/x?***'"),
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+        ("is it up? see docs", "is it up? see docs"),
+    ],
+)
+def test_urls_lose_their_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "PIPELINE_SERVER_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"])
+def test_values_of_secret_variables_reach_no_terminal(
+    name: str, tmp_path: Path, pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "sk-0123456789abcdef")
+    for flags in ([], ["--debug"]):
+        ended = pipeline(*flags, "verify", tmp_path / "sk-0123456789abcdef")
+        assert ended.code != 0 and "sk-0123456789abcdef" not in ended.err + ended.out and "***" in ended.err
+
+
+# ---- configurations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["trust-remote-code", "trust_remote_code"])
+@pytest.mark.parametrize("command", ["train-student", "cache-teacher", "generate", "audit", "plan"])
+def test_a_configuration_runs_no_code(key: str, command: str, tmp_path: Path, pipeline: Callable[..., Any]) -> None:
+    (tmp_path / "run.yaml").write_text(f"{key}: true\n")
+    ended = pipeline(command, "--config", tmp_path / "run.yaml")
+    assert ended.code == 2
+    assert "runs Python code that comes with a model, so it is taken on the command line alone" in ended.err
+
+
+@pytest.mark.parametrize("field", ["push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "output_dir"])
+def test_a_configuration_sends_nothing_away(
+    field: str, tiny: Tiny, cache_path: Path, tmp_path: Path, pipeline: Callable[..., Any]
+) -> None:
+    given = f"student: {tiny.student}\nshards: {cache_path}\noutput: {tmp_path / 'o'}\n"
+    (tmp_path / "run.yaml").write_text(f"{given}trainer:\n  {field}: sk-0123456789abcdef\n")
+    ended = pipeline("train-student", "--config", tmp_path / "run.yaml")
+    assert ended.code == 2 and f"--trainer {field}: " in ended.err
+    assert "sk-0123456789abcdef" not in ended.err and not (tmp_path / "o").exists()
+
+
+# ---- what a run leaves ------------------------------------------------------------------------------------------
+
+
+def trained(tiny: Tiny, cache: Path, output: Path, pipeline: Callable[..., Any], *more: object) -> Any:
+    given = ("--student", tiny.student, "--shards", cache, "--output", output, "--trainer", "dataloader_num_workers=0")
+    return pipeline("train-student", *given, *more)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_of_a_student_have_the_permissions_of_new_files(
+    umask: int, tiny: Tiny, cache_path: Path, tmp_path: Path, pipeline: Callable[..., Any]
+) -> None:
+    before = os.umask(umask)
+    try:
+        assert trained(tiny, cache_path, tmp_path / "o", pipeline, "--max-steps", 2, "--save-steps", 1).code == 0
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "o").rglob("*") if path.is_file()}
+    assert {path.name for path in modes} >= {"model.safetensors", "metrics.json", "optimizer.pt"}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch owned",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+@pytest.mark.parametrize("content", ["pickle", "noise", "nothing"])
+def test_a_checkpoint_that_was_tampered_with_runs_nothing(
+    name: str, content: str, tiny: Tiny, cache_path: Path, tmp_path: Path, pipeline: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    words = ("--max-steps", 4, "--save-steps", 1)
+    assert trained(tiny, cache_path, tmp_path / "o", pipeline, *words).code == 0
+    (tmp_path / "o" / "metrics.json").unlink()
+    last = max((tmp_path / "o").glob("checkpoint-*"))
+    spoilt = {"pickle": pickle.dumps(Evil()), "noise": os.urandom(2000), "nothing": b""}[content]
+    (last / name).write_bytes(spoilt)
+    ended = trained(tiny, cache_path, tmp_path / "o", pipeline, *words)
+    assert not (tmp_path / "owned").exists()
+    assert ended.code == 1, ended.err
+    assert "internal" not in ended.err and "weights_only" not in ended.err and "Traceback" not in ended.err
+    assert f"{last.name}: cannot be loaded" in ended.err
