@@ -1,4 +1,4 @@
-"""Whether a student can read sequences as long as a cache's."""
+"""Compare how much a student can read with how long a cache's sequences are."""
 
 from __future__ import annotations
 

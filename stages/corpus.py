@@ -162,7 +162,7 @@ class Corpus:
 
     @property
     def rows_used(self) -> int | None:
-        """How many rows of the data made a sequence; None where each made one."""
+        """Return how many rows of the data made a sequence; None where each made one."""
         return None if self.source_rows is None else int(self.source_rows[-1]) + 1
 
     def __len__(self) -> int:

@@ -25,8 +25,10 @@ FromHidden = Callable[[torch.Tensor, Head, list[nn.Parameter]], Any]
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a model became. vocabulary_size: V, of its logits. note: a sentence for whoever trains it, or None.
-    router_coefficient: the weight of the router's loss in the model's own; 0 where it has none.
+    """Describes a model that can distil.
+
+    vocabulary_size: V, of its logits. note: a sentence for whoever trains it, or None. router_coefficient: the weight
+    of the router's loss in the model's own; 0 where it has none.
     """
 
     vocabulary_size: int

@@ -1,4 +1,4 @@
-"""Which sequences of a cache are held out: whole rows of the data, the same for every student of it."""
+"""Hold out sequences of a cache: whole rows of the data, the same for every student of it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _SHOWN = 60
 
 
 def run_identity(options: StudentOptions, caches: Sequence[Cache], devices: int) -> dict[str, Any]:
-    """What must agree for a run to be the same run. devices: how many train together."""
+    """Return what must agree for a run to be the same run. devices: how many train together."""
     path = Path(options.student)
     name = str(path.resolve()) if path.exists() else options.student
     identity = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,13 @@ _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 _COMPRESSED = ("", ".gz", ".zst")
 TEXT_ENDINGS = tuple(kind + packed for kind in _KINDS for packed in _COMPRESSED)
 _CHUNK_BYTES = 1 << 18
+# Compressed bytes that are unpacked at a time; zstd and gzip make at most some 100 MiB of so many.
+_PACKED_BYTES = 4096
+# Of one row, unpacked; this variable sets another number.
+MOST_ROW_BYTES = 256 << 20
+ROW_BYTES_VARIABLE = "PIPELINE_ROW_BYTES"
+# A JSON document is read whole; it may be as long as so many of the longest rows.
+_ROWS_OF_A_DOCUMENT = 16
 
 
 def text_rows(path: Path, ending: str, advance: Advance) -> Iterator[Row]:
@@ -41,9 +49,9 @@ def text_rows(path: Path, ending: str, advance: Advance) -> Iterator[Row]:
     elif kind in (".csv", ".tsv"):
         yield from _table(path, _lines(chunks), "\t" if kind == ".tsv" else ",")
     elif kind == ".txt":
-        yield json.dumps({"text": _decoded(_all(path, chunks), f"{path}", first=True)}), ("text",)
+        yield json.dumps({"text": _decoded(_all(path, chunks, most_row_bytes()), f"{path}", first=True)}), ("text",)
     else:
-        yield from _json_document(path, _all(path, chunks))
+        yield from _json_document(path, _all(path, chunks, _ROWS_OF_A_DOCUMENT * most_row_bytes()))
 
 
 # ---- kinds of text ----------------------------------------------------------------------------------------
@@ -106,6 +114,18 @@ def _table(path: Path, lines: Iterator[bytes], delimiter: str) -> Iterator[Row]:
         raise UserError(f"{path}, line {reader.line_num} is not a valid row ({first_line(error)}); mend it.") from error
 
 
+def most_row_bytes() -> int:
+    """Return the bytes that one row of a text file may have. Raise UserError for a variable that is no number."""
+    text = os.environ.get(ROW_BYTES_VARIABLE) or str(MOST_ROW_BYTES)
+    if not text.isdecimal():
+        raise UserError(f"{ROW_BYTES_VARIABLE}={text}: wants a number of bytes, as in {MOST_ROW_BYTES}.")
+    return int(text)
+
+
+class _TooLongError(Exception):
+    """A line has more bytes than a row may have."""
+
+
 def _numbered(path: Path, lines: Iterator[bytes], rows: list[int]) -> Iterator[tuple[int, str]]:
     """The lines as text, without line ends, counted from 1. `rows`: holds how many rows were read, for the error of a
     file that breaks off.
@@ -118,6 +138,11 @@ def _numbered(path: Path, lines: Iterator[bytes], rows: list[int]) -> Iterator[t
             raise UserError(
                 f"{path} breaks off after row {rows[0]}: {error}; copy or download the file again."
             ) from error
+        except _TooLongError:
+            raise UserError(
+                f"{path}, line {number + 1} is longer than {most_row_bytes():,} bytes, the most that a row may have; "
+                f"split it, or set {ROW_BYTES_VARIABLE}."
+            ) from None
         if line is None:
             return
         number += 1
@@ -200,11 +225,22 @@ def _chunks(path: Path, advance: Advance) -> Iterator[bytes]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _all(path: Path, chunks: Iterator[bytes]) -> bytes:
+def _all(path: Path, chunks: Iterator[bytes], most: int) -> bytes:
+    """All of a file, unpacked. Raises UserError for one that breaks off, or has more than `most` bytes."""
+    found: list[bytes] = []
+    held = 0
     try:
-        return b"".join(chunks)
+        for chunk in chunks:
+            found.append(chunk)
+            held += len(chunk)
+            if held > most:
+                raise UserError(
+                    f"{path} is longer than {most:,} bytes, the most that is read at once; write it as JSON lines, or "
+                    f"set {ROW_BYTES_VARIABLE}."
+                )
     except EOFError as error:
         raise UserError(f"{path} breaks off: {error}; copy or download the file again.") from error
+    return b"".join(found)
 
 
 def _zstandard_frame() -> Any:
@@ -231,26 +267,35 @@ def _unpacked(chunks: Iterator[bytes], new_frame: Callable[[], Any]) -> Iterator
             if not started and complete and not chunk.strip(b"\0"):
                 break
             started = True
-            try:
-                data = frame.decompress(chunk)
-            except (zstandard.ZstdError, zlib.error) as error:
-                raise EOFError(f"its compressed data is damaged ({first_line(error)})") from error
-            if data:
-                yield data
-            chunk = b""
-            if frame.eof:
-                chunk, frame, started = frame.unused_data, new_frame(), False
-                complete += 1
+            unused = b""
+            # A little at a time: a few kilobytes may stand for gigabytes.
+            for start in range(0, len(chunk), _PACKED_BYTES):
+                try:
+                    data = frame.decompress(chunk[start : start + _PACKED_BYTES])
+                except (zstandard.ZstdError, zlib.error) as error:
+                    raise EOFError(f"its compressed data is damaged ({first_line(error)})") from error
+                if data:
+                    yield data
+                if frame.eof:
+                    unused = frame.unused_data + chunk[start + _PACKED_BYTES :]
+                    frame, started = new_frame(), False
+                    complete += 1
+                    break
+            chunk = unused
     if started or not complete:
         raise EOFError("its compressed data is cut short")
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Split at newlines, across chunks."""
+    """Split at newlines, across chunks. Raises _TooLongError before more than a row's bytes are held."""
     rest: list[bytes] = []
+    most, held = most_row_bytes(), 0
     for chunk in chunks:
         first, *more = chunk.split(b"\n")
         rest.append(first)
+        held = len(more[-1]) if more else held + len(first)
+        if max(held, *map(len, more), sum(map(len, rest)) if more else 0) > most:
+            raise _TooLongError
         if more:
             yield b"".join(rest)
             yield from more[:-1]

@@ -30,7 +30,7 @@ PACKABLE = (
 # States along the row, or positions and masks of their own.
 MIXING = (
     "lfm2", "bloom", "openai-gpt", "qwen3_next", "mamba", "mamba2", "jamba", "falcon_h1", "recurrent_gemma", "xlstm",
-    "rwkv", "bart", "mpt", "gpt_neo", "falcon", "gpt_oss", "opt",
+    "rwkv", "bart", "mpt", "gpt_neo", "gpt_oss", "opt",
 )  # fmt: skip
 
 

@@ -1,0 +1,94 @@
+"""A corpus of somebody else: a small file that unpacks into gigabytes is refused before it does."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from stages.text_files import MOST_ROW_BYTES, text_rows
+from storage.errors import UserError
+
+MIB = 1 << 20
+
+
+def packed(path: Path, unpacked: int) -> int:
+    """Write one JSON string of so many bytes, compressed; returns the length of the file."""
+    piece = b" " * MIB
+    if path.suffix == ".zst":
+        compressor = zstandard.ZstdCompressor(level=19)
+        with path.open("wb") as raw, compressor.stream_writer(raw) as file:
+            file.write(b'{"text": "')
+            for _ in range(unpacked // MIB):
+                file.write(piece)
+            file.write(b'"}\n')
+    else:
+        with gzip.open(path, "wb", compresslevel=9) as file:
+            file.write(b'{"text": "')
+            for _ in range(unpacked // MIB):
+                file.write(piece)
+            file.write(b'"}\n')
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("ending", [".jsonl.zst", ".jsonl.gz", ".txt.zst", ".csv.zst", ".json.gz"])
+def test_a_bomb_is_refused_within_bounded_memory(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{ending}"
+    # A whole document may be longer than a row.
+    unpacked, environment = 1 << 30, {"PIPELINE_ROW_BYTES": str(16 * MIB)} if ending.startswith(".json.") else {}
+    assert packed(path, unpacked) < unpacked // 500
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from stages.text_files import text_rows\n"
+        "from storage.errors import UserError\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "try:\n"
+        "    for row in text_rows(Path(sys.argv[1]), sys.argv[2], lambda n: None): pass\n"
+        "except UserError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    words = [sys.executable, "-c", script, str(path), ending]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, cwd=root, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, peak = done.stdout.strip().splitlines()
+    assert "bytes, the most that" in said and "PIPELINE_ROW_BYTES" in said
+    assert int(peak) * 1024 < 1.5 * (1 << 30), peak
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.zst", ".jsonl.gz"])
+def test_the_limit_is_that_of_one_row(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_ROW_BYTES", "2000")
+    row = json.dumps({"text": "x" * (2000 - len('{"text": ""}'))})
+    assert len(row) == 2000
+    text = "\n".join([row] * 50).encode()
+    path = tmp_path / f"rows{ending}"
+    pack: dict[str, Callable[[bytes], bytes]] = {
+        ".jsonl": bytes, ".jsonl.zst": zstandard.ZstdCompressor().compress, ".jsonl.gz": gzip.compress,
+    }  # fmt: skip
+    path.write_bytes(pack[ending](text))
+    assert len(list(text_rows(path, ending, lambda n: None))) == 50
+    path.write_bytes(pack[ending](text + b"\n" + row[:-2].encode() + b'x"}\n'))
+    with pytest.raises(
+        UserError, match=r", line \d+ is longer than 2,000 bytes, the most that a row may have; split it"
+    ):
+        list(text_rows(path, ending, lambda n: None))
+
+
+def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setenv("PIPELINE_ROW_BYTES", "much")
+    with pytest.raises(UserError, match="PIPELINE_ROW_BYTES=much: wants a number of bytes"):
+        list(text_rows(tmp_path / "a.jsonl", ".jsonl", lambda n: None))
+    monkeypatch.delenv("PIPELINE_ROW_BYTES")
+    assert MOST_ROW_BYTES == 256 * MIB and len(list(text_rows(tmp_path / "a.jsonl", ".jsonl", lambda n: None))) == 1
