@@ -55,6 +55,7 @@ def find_files(path: Path, split: str | None) -> LocalFiles:
         _refuse_split(path, split)
         return LocalFiles((path,))
     found, passed = _walk(path)
+    refuse_outside(path, found)
     twice = _links_to_others(path, found)
     found = [file for file in found if file not in twice]
     if not found:
@@ -78,7 +79,6 @@ def find_files(path: Path, split: str | None) -> LocalFiles:
         "not used, of no split": [file for file in found if not any(file in own for own in splits.values())],
         "passed over": passed,
         "passed over, as links to files that are read": sorted(twice),
-        "read through links to places outside the folder": [file for file in files if _is_outside(path, file)],
     }
     return LocalFiles(tuple(files), tuple(f"{kind}: {_listed(path, own)}" for kind, own in kinds.items() if own))
 
@@ -126,7 +126,11 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
     for reached, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(reached)
-        if here.is_symlink() and any(os.path.samefile(here, above) for above in _above(here, folder)):
+        if (
+            here != folder
+            and here.is_symlink()
+            and any(os.path.samefile(here, above) for above in _above(here, folder))
+        ):
             raise UserError(f"{here} is a link back to a folder that it lies in; remove it.")
         hidden = [name for name in folders if name.startswith((".", "__"))]
         passed += [here / name for name in hidden]
@@ -163,10 +167,20 @@ def _below(folder: Path, file: Path) -> bool:
     return Path(os.path.realpath(file)) == Path(os.path.realpath(folder)) / file.relative_to(folder)
 
 
-def _is_outside(folder: Path, file: Path) -> bool:
-    """True where a link leads out of the folder, but for the blobs of the Hub's cache, to which all its files are."""
-    target = Path(os.path.realpath(file))
-    return Path(os.path.realpath(folder)) not in target.parents and target.parent.name != "blobs"
+def refuse_outside(folder: Path, files: Iterable[Path]) -> None:
+    """Raise UserError for a file of a folder that is reached through a link out of it.
+
+    A folder may be somebody else's, and such a link may lead to any file of this machine. The Hub's cache is made of
+    links: its snapshots' files lie in `blobs` beside them, in the folder of the same repository.
+    """
+    real = Path(os.path.realpath(folder))
+    for file in files:
+        target = Path(os.path.realpath(file))
+        of_the_hub = target.parent.name == "blobs" and target.parent.parent in real.parents
+        if real not in target.parents and not of_the_hub:
+            raise UserError(
+                f"{file} is a link out of the folder, to {target}; put the file itself in its place, or give its path."
+            )
 
 
 def _refuse_split(path: Path, split: str | None) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.counting import counting
 from stages.hub import offline_reason
-from stages.local_files import ENDINGS, LocalFiles, ending_of, find_files
+from stages.local_files import ENDINGS, LocalFiles, ending_of, find_files, refuse_outside
 from stages.parquet_files import parquet_rows, read_schema, write_columns
 from stages.rows import (
     JSON_COLUMN,
@@ -30,6 +30,7 @@ from stages.rows import (
 )
 from stages.text_files import text_rows
 from storage.errors import UserError
+from storage.json_text import parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -163,6 +164,7 @@ def _saved_rows(path: Path, split: str | None, limit: int | None, scratch: tempf
     """Rows of a folder that `save_to_disk` wrote, of a single data set or of a dict of splits."""
     import datasets
 
+    _refuse_leading_out(path)
     try:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, datasets.exceptions.DatasetsError) as error:
@@ -174,6 +176,25 @@ def _saved_rows(path: Path, split: str | None, limit: int | None, scratch: tempf
     elif split not in (None, "train", str(dataset.split)):
         raise UserError(f"{path} has no split '{split}'; choose one of: {dataset.split or 'train'}.")
     return _whole(dataset, str(path), limit, scratch)
+
+
+def _refuse_leading_out(path: Path) -> None:
+    """Raise UserError for a saved data set that names files outside its folder, or reaches them through links."""
+    refuse_outside(path, (file for file in path.rglob("*") if file.is_symlink()))
+    for file in [*path.glob("state.json"), *path.glob("*/state.json"), *path.glob("dataset_dict.json")]:
+        try:
+            said = parse_json(file.read_bytes())
+            if file.name == "state.json":
+                named = [each["filename"] for each in said["_data_files"]]
+            else:
+                named = list(said["splits"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # It is refused where it is opened.
+        for name in named:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(
+                    f"{file} names the file {str(name)[:100]!r}, which is not of its folder; mend or remove it."
+                )
 
 
 # ---- local files ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from stages.sources import load_rows
 from stages.text_files import MOST_ROW_BYTES, text_rows
 from storage.errors import UserError
 
@@ -92,3 +93,44 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytes
         list(text_rows(tmp_path / "a.jsonl", ".jsonl", lambda n: None))
     monkeypatch.delenv("PIPELINE_ROW_BYTES")
     assert MOST_ROW_BYTES == 256 * MIB and len(list(text_rows(tmp_path / "a.jsonl", ".jsonl", lambda n: None))) == 1
+
+
+# ---- folders ----------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, *names: str) -> Path:
+    import datasets
+
+    data = {name: datasets.Dataset.from_dict({"text": ["a", "b"]}) for name in names}
+    (datasets.DatasetDict(data) if names != ("",) else data[""]).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "test")])
+@pytest.mark.parametrize("name", ["../../secret.arrow", "{elsewhere}/data-00000-of-00001.arrow", "sub/../x.arrow", 7])
+def test_a_saved_data_set_names_no_files_elsewhere(splits: tuple[str, ...], name: object, tmp_path: Path) -> None:
+    folder, elsewhere = saved(tmp_path / "saved", *splits), saved(tmp_path / "elsewhere", "")
+    state = next(iter(sorted(folder.rglob("state.json"))))
+    said = json.loads(state.read_text())
+    said["_data_files"] = [{"filename": name.format(elsewhere=elsewhere) if isinstance(name, str) else name}]
+    state.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="which is not of its folder; mend or remove it"):
+        load_rows(str(folder))
+
+
+def test_a_saved_data_set_has_no_links_out_of_it(tmp_path: Path) -> None:
+    folder, elsewhere = saved(tmp_path / "saved", ""), saved(tmp_path / "elsewhere", "")
+    assert len(load_rows(str(folder))) == 2
+    data = next(folder.glob("*.arrow"))
+    data.unlink()
+    data.symlink_to(next(elsewhere.glob("*.arrow")))
+    with pytest.raises(UserError, match="is a link out of the folder"):
+        load_rows(str(folder))
+
+
+def test_splits_of_a_saved_data_set_are_its_own_folders(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "saved", "train", "test")
+    saved(tmp_path / "elsewhere", "")
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "../elsewhere"]}))
+    with pytest.raises(UserError, match=r"names the file '\.\./elsewhere', which is not of its folder"):
+        load_rows(str(folder))

@@ -142,21 +142,35 @@ def test_only_files_about_the_data_are_passed_over_and_that_is_said(tmp_path):
 
 def test_links(tmp_path):
     outside = fill(tmp_path / "outside", "far.jsonl", "sub/deep.jsonl")
-    folder = fill(tmp_path / "folder", "a.jsonl")
+    folder = fill(tmp_path / "folder", "a.jsonl", "b/c.jsonl")
     (folder / "again.jsonl").symlink_to("a.jsonl")
-    (folder / "far.jsonl").symlink_to(outside / "far.jsonl")
-    (folder / "linked").symlink_to(outside / "sub")
+    (folder / "linked").symlink_to("b")
     files, notes = found(folder)
-    assert files == ["a.jsonl", "far.jsonl", "linked/deep.jsonl"]  # the data of no file twice
-    assert notes == [
-        "passed over, as links to files that are read: again.jsonl",
-        "read through links to places outside the folder: far.jsonl, linked/deep.jsonl",
-    ]
+    assert files == ["a.jsonl", "b/c.jsonl"]  # the data of no file twice
+    assert notes == ["passed over, as links to files that are read: again.jsonl, linked/c.jsonl"]
+    # A folder of somebody else, with a link to a file of ours.
+    for link, target, file in (("far.jsonl", "far.jsonl", "far.jsonl"), ("out", "sub", "out/deep.jsonl")):
+        (folder / link).symlink_to(outside / target)
+        assert refusal(folder).startswith(f"{folder}/{file} is a link out of the folder, to {outside}/")
+        (folder / link).unlink()
+    # The folder itself, and a file that is named, may be links.
+    (tmp_path / "named").symlink_to(folder)
+    assert found(tmp_path / "named")[0] == ["a.jsonl", "b/c.jsonl"]
+    (tmp_path / "one.jsonl").symlink_to(outside / "far.jsonl")
+    assert find_files(tmp_path / "one.jsonl", None).files == (tmp_path / "one.jsonl",)
     (folder / "gone.jsonl").symlink_to("nowhere")
     assert refusal(folder) == f"{folder}/gone.jsonl is a link to nowhere, which is not there; mend or remove it."
     (folder / "gone.jsonl").unlink()
     (folder / "back").symlink_to(".")
     assert refusal(folder) == f"{folder}/back is a link back to a folder that it lies in; remove it."
+
+
+def test_blobs_of_another_repository_are_outside(tmp_path):
+    """As a link that only looks like one of the Hub's cache."""
+    blobs = fill(tmp_path / "secrets" / "blobs", "0a1b.jsonl")
+    folder = fill(tmp_path / "folder", "a.jsonl")
+    (folder / "b.jsonl").symlink_to(blobs / "0a1b.jsonl")
+    assert "b.jsonl is a link out of the folder" in refusal(folder)
 
 
 def test_a_snapshot_of_the_hub_is_links_to_blobs(tmp_path):
