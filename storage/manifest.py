@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from storage import schema
 from storage.errors import CacheError, UserError
@@ -20,6 +20,7 @@ from storage.json_text import parse_json
 from storage.places import Place
 
 _MAX_JSON_BYTES = 64 << 20
+_MOST_FIELDS = 1000
 # Ids are int32 and everything that is counted fits int64 with room to multiply: larger numbers are damage or malice.
 _MAX_ID = 2**31 - 1
 _MAX_COUNT = 2**48
@@ -158,8 +159,8 @@ class Manifest(_Model):
     vocabulary_size: int = Field(ge=2, le=_MAX_ID)
     corpus: CorpusIdentity
     scoring: ScoringOptions
-    shards: tuple[PlannedShard, ...] = Field(min_length=1)
-    derived_from: tuple[Origin, ...] = ()
+    shards: Annotated[tuple[PlannedShard, ...], FailFast()] = Field(min_length=1)
+    derived_from: Annotated[tuple[Origin, ...], FailFast()] = ()
     source: dict[str, Any] = Field(default_factory=dict)
     made_with: dict[str, str] = Field(default_factory=dict)
 
@@ -251,7 +252,7 @@ class PriorReceipt(_Model):
 class Part(_Model):
     """Which shards are here, where not all are (`partial.json`)."""
 
-    shards: tuple[int, ...] = Field(min_length=1)
+    shards: Annotated[tuple[int, ...], FailFast()] = Field(min_length=1)
 
 
 def _differences(prefix: str, ours: Any, theirs: Any) -> list[str]:
@@ -300,6 +301,9 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
         raise CacheError(f"{path}: the {what} is not JSON ({str(error)[:80]})") from None
     if not isinstance(raw, dict):
         raise CacheError(f"{path}: the {what} is not a JSON object")
+    # Each field that is not known would be an error of its own, with all its words.
+    if (fields := max(len(raw), *(len(each) for each in raw.values() if isinstance(each, dict)), 0)) > _MOST_FIELDS:
+        raise CacheError(f"{path}: the {what} is damaged: it has {fields:,} fields in one place")
     version = raw.get("format_version", schema.FORMAT_VERSION)
     if isinstance(version, int) and version > schema.FORMAT_VERSION:
         raise CacheError(

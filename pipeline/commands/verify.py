@@ -9,6 +9,9 @@ from pipeline.streams import say
 from storage.errors import RunError, UserError
 from storage.words import counted
 
+# Problems that are shown, of as many as there are.
+_SHOWN = 100
+
 
 @click.command("verify")
 @click.argument("directory", metavar="DIR_OR_URL", type=click.Path())
@@ -35,7 +38,10 @@ def command(directory: str) -> None:
     with Progress("verifying", tokens) as progress:
         for problem in integrity.problems(cache, lambda shard: progress.advance(shards[shard].tokens)):
             found += 1
-            say(printable(problem))
+            if found <= _SHOWN:
+                say(printable(problem))
+    if found > _SHOWN:
+        say(f"and {counted(found - _SHOWN, 'problem', ',')} more")
     try:
         cache_tokenizer(cache)
     except UserError as error:
