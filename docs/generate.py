@@ -112,7 +112,9 @@ def _cell(text: str) -> str:
 
 def _option_row(option: click.Option, ctx: click.Context) -> str:
     extra = option.get_help_extra(ctx)
-    names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
+    # The short one first, which versions of click do not agree on.
+    opts = sorted(option.opts, key=lambda name: name.startswith("--"))
+    names = ", ".join(f"`{name}`" for name in [*opts, *option.secondary_opts])
     kind = "flag" if option.is_flag else option.make_metavar(ctx)
     kind = {"INTEGER": "integer", "INTEGER RANGE": "integer", "FLOAT": "number", "FLOAT RANGE": "number"}.get(
         kind, kind
