@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from stages.identity import PROBES, probe, tokenizer_identity
+from stages.limited import LimitError, limited
 from stages.pretrained import load_tokenizer
-from storage.cache import Cache
+from storage.cache import TOKENIZER, Cache
 from storage.errors import CacheError
+from storage.limits import TOKENIZER_MEMORY, TOKENIZER_SECONDS
+from storage.manifest import TokenizerIdentity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_T = TypeVar("_T")
+
 
 def cache_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer from the cache's copy. Raises CacheError where the copy is not the one named."""
-    tokenizer = load_tokenizer(str(cache.tokenizer_path))
+    """The teacher's tokenizer from the cache's copy.
+
+    It is tried first in a process of its own. Raises CacheError where the copy is not the one that the manifest names,
+    and where the trial does not end within its limits.
+    """
+    path = str(cache.tokenizer_path)
     # The chat template too: it goes with the student, and whoever serves that runs it.
-    if tokenizer_identity(tokenizer) != cache.manifest.tokenizer:
-        raise CacheError(f"{cache.tokenizer_path}: this is not the tokenizer that the manifest names")
-    return tokenizer
+    if _tried(path, str(cache.path / TOKENIZER)) != cache.manifest.tokenizer:
+        raise CacheError(f"{cache.path / TOKENIZER}: this is not the tokenizer that the manifest names")
+    return load_tokenizer(path)
+
+
+@functools.cache
+def _tried(path: str, shown: str) -> TokenizerIdentity:
+    """The identity of a tokenizer whose files lie in a private folder. `shown`: where they come from."""
+
+    def identity() -> TokenizerIdentity:
+        return tokenizer_identity(load_tokenizer(path))
+
+    try:
+        return limited(identity, memory=TOKENIZER_MEMORY.value, seconds=TOKENIZER_SECONDS.value)
+    except LimitError as error:
+        raise CacheError(
+            f"{shown}: the trial of this tokenizer {error}; if you trust it, set {TOKENIZER_SECONDS.variable} or "
+            f"{TOKENIZER_MEMORY.variable} for other limits"
+        ) from None
+
+
+def decoded(cache: Cache, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]) -> list[str]:
+    """The text of some token ids, by the tokenizer of a cache, within its limits. Raises CacheError."""
+    return within_limits(cache, lambda: [str(tokenizer.decode(ids)) for ids in sequences])
+
+
+def within_limits(cache: Cache, call: Callable[[], _T]) -> _T:
+    """What `call`, which uses the tokenizer of a cache, returns. Raises CacheError where it breaks the limits."""
+    try:
+        return limited(call, memory=TOKENIZER_MEMORY.value, seconds=TOKENIZER_SECONDS.value)
+    except LimitError as error:
+        raise CacheError(f"{cache.path / TOKENIZER}: to make text with this tokenizer {error}") from None
 
 
 def check_tokenizer(cache: Cache, student: PreTrainedTokenizerBase, name: str) -> None:

@@ -14,11 +14,12 @@ import socket
 import ssl
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from storage.errors import RunError, UserError
+from storage.limits import ANSWER_BYTES, ANSWER_SECONDS
 from storage.redact import without_secrets
 
 # Where the key of a server that asks for one is taken from.
@@ -33,9 +34,9 @@ class Patience:
     """Limits the waiting for the server. Seconds; `attempts` per request, the first one included."""
 
     attempts: int = 6
-    timeout: float = 600.0  # of one answer
+    timeout: float = field(default_factory=lambda: float(ANSWER_SECONDS.value))  # of one answer
     connect_timeout: float = 10.0  # of the questions at the start
-    most_bytes: int = 1 << 30  # of one answer
+    most_bytes: int = field(default_factory=lambda: ANSWER_BYTES.value)  # of one answer
     first_wait: float = 0.5  # doubled after each try
 
 
@@ -113,7 +114,7 @@ class HttpClient:
             try:
                 status, answer, headers = self._exchange("POST", path, body, self.patience.timeout)
             except TimeoutError:
-                trouble = f"no answer within {self.patience.timeout:g} s"
+                trouble = f"no answer within {self.patience.timeout:g} s, which {ANSWER_SECONDS.variable} sets"
             except (OSError, http.client.HTTPException) as error:
                 trouble = _cause(error)
             else:
@@ -169,7 +170,7 @@ class HttpClient:
             self._drop(connection)
             raise UserError(
                 f"{self.url}{path}: answers with more than {self.patience.most_bytes:,} bytes, the most that is read "
-                "of one answer; give fewer --top-n or shorter sequences"
+                f"of one answer; give fewer --top-n or shorter sequences, or set {ANSWER_BYTES.variable}"
             )
         if response.will_close:
             self._drop(connection)

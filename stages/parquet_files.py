@@ -9,18 +9,24 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.limited import LimitError, Send, items
 from stages.rows import JSON_COLUMN, first_line
 from storage.errors import UserError
+from storage.limits import CORPUS_MEMORY, ROW_BYTES
+from storage.pages import most_unpacked
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 UNSUPPORTED = "unsupported"  # the key under which a value that JSON has no word for names its type
 _BATCH_ROWS = 1000
+# Bytes of columns that are read in this process, whatever their file says of them.
+_SMALL = 256 << 20
 
 
 def read_schema(path: Path) -> tuple[pa.Schema, int]:
@@ -38,12 +44,24 @@ def read_schema(path: Path) -> tuple[pa.Schema, int]:
 
 def parquet_rows(path: Path, advance: Callable[[int], Any]) -> Iterator[tuple[str, Sequence[str]]]:
     """All columns of a file as JSON text, for a folder of mixed kinds; the first of two of one name."""
-    schema, _ = read_schema(path)
-    names = list(schema.names)
-    for batch in _batches(path, None, advance):
-        columns = {name: plain_values(batch.column(names.index(name))) for name in names}
-        for row in range(batch.num_rows):
-            yield json.dumps({name: values[row] for name, values in columns.items()}), names
+
+    def read(send: Send) -> None:
+        schema, _ = read_schema(path)
+        names = list(schema.names)
+        for batch in _batches(path, None, send):
+            columns = {name: plain_values(batch.column(names.index(name))) for name in names}
+            rows = [
+                json.dumps({name: values[row] for name, values in columns.items()}) for row in range(batch.num_rows)
+            ]
+            _check_lengths(path, max(map(len, rows), default=0))
+            send((rows, names))
+
+    for said in _guarded([path], read):
+        if isinstance(said, int):
+            advance(said)
+        else:
+            rows, names = said
+            yield from ((row, names) for row in rows)
 
 
 def write_columns(
@@ -53,6 +71,15 @@ def write_columns(
 
     A column that a file lacks is null there. Raises UserError for a damaged file.
     """
+    for said in _guarded(files, lambda send: _write(files, columns, target, limit, send)):
+        if isinstance(said, bool):
+            return said
+        advance(said)
+    raise AssertionError("unreachable: the writer ends with a truth value")
+
+
+def _write(files: Sequence[Path], columns: Sequence[str], target: str, limit: int, send: Send) -> None:
+    """Write what `write_columns` returns; sends the bytes read, then whether the rows are JSON text."""
     import pyarrow as pa
 
     schemas = [read_schema(file)[0] for file in files]
@@ -60,7 +87,7 @@ def write_columns(
     written = schema or pa.schema([(JSON_COLUMN, pa.large_string())])
     with pa.OSFile(target, "wb") as sink, pa.ipc.new_stream(sink, written) as writer:
         for file, own in zip(files, schemas, strict=True):
-            for batch in _batches(file, [name for name in columns if name in own.names], advance):
+            for batch in _batches(file, [name for name in columns if name in own.names], send):
                 batch = batch.slice(0, limit)
                 limit -= batch.num_rows
                 there = {name: _checked(file, name, batch.column(name)) for name in batch.schema.names}
@@ -71,10 +98,65 @@ def write_columns(
                         there[field.name].cast(field.type) if field.name in there else pa.nulls(len(batch), field.type)
                         for field in schema
                     ]
+                _check_lengths(file, *map(_longest, arrays))
                 writer.write_batch(pa.record_batch(arrays, schema=written))
                 if not limit:
-                    return schema is None
-    return schema is None
+                    break
+            if not limit:
+                break
+    send(schema is None)
+
+
+def _longest(array: pa.Array) -> int:
+    """The bytes of the longest value of an array of texts, or of lists of numbers."""
+    import pyarrow.compute as pc
+    import pyarrow.types as types
+
+    if types.is_large_string(array.type):
+        return pc.max(pc.binary_length(array)).as_py() or 0
+    if types.is_large_list(array.type):
+        return 8 * (pc.max(pc.list_value_length(array)).as_py() or 0)
+    return 0
+
+
+def _check_lengths(path: Path, *lengths: int) -> None:
+    """Raise UserError where a value has more bytes than a row may have."""
+    if max(lengths, default=0) > ROW_BYTES.value:
+        raise UserError(
+            f"{path} has a row that is longer than {ROW_BYTES.value:,} bytes, the most that a row may have; split it, "
+            f"or set {ROW_BYTES.variable}."
+        )
+
+
+def _guarded(files: Sequence[Path], read: Callable[[Send], None]) -> Iterator[Any]:
+    """Yield what `read` sends; in a process with limits where one of the files may unpack into more than _SMALL bytes.
+
+    Raises the UserError that `read` raises, and one that names the files where the limits end it.
+    """
+    if sum(map(_most_unpacked, files)) <= _SMALL:
+        found: list[Any] = []
+        read(found.append)
+        yield from found
+        return
+    try:
+        yield from items(read, memory=CORPUS_MEMORY.value)
+    except LimitError as error:
+        names = f"{files[0]}" if len(files) == 1 else f"{files[0]} and {len(files) - 1} beside it"
+        raise UserError(f"{names}: to read it {error}; write smaller rows, or {CORPUS_MEMORY.advice}.") from None
+
+
+def _most_unpacked(path: Path) -> int:
+    """Bytes that a file takes at most in memory; more than _SMALL where its pages do not tell."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.stat().st_size > _SMALL:
+        return _SMALL + 1
+    try:
+        with path.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return most_unpacked(memoryview(mapped[:]), pq.read_metadata(path))
+    except (pa.ArrowException, OSError, ValueError):
+        return _SMALL + 1
 
 
 def _as_json(there: dict[str, pa.Array], columns: Sequence[str], rows: int) -> list[str]:

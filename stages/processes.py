@@ -74,7 +74,7 @@ def _run_all(parts: list[_Part], schema: pa.Schema, rows: int, what: str) -> Non
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     started: dict[Connection, Any] = {}
     try:
-        with _deaf_children(context):
+        with deaf_children(context):
             for part in parts:
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(part, schema, theirs, os.getpid()))
@@ -113,10 +113,7 @@ def _listen(started: dict[Connection, Any], advance: Callable[[int], Any], what:
 
 def _work(part: _Part, schema: pa.Schema, pipe: Connection, parent: int) -> None:
     """Write a part's records, in a process that says how far it is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    hear_signals()
 
     def advance(count: int) -> None:
         if os.getppid() != parent:  # it was killed
@@ -134,8 +131,16 @@ def _work(part: _Part, schema: pa.Schema, pipe: Connection, parent: int) -> None
                 pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
+def hear_signals() -> None:
+    """Let this process, which `deaf_children` started, end on SIGTERM and hear no Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
 @contextlib.contextmanager
-def _deaf_children(context: Any) -> Iterator[None]:
+def deaf_children(context: Any) -> Iterator[None]:
     """Let the processes that are started here hear neither Ctrl-C nor what a handler of ours makes of SIGTERM, from
     their first moment on; what reaches this one meanwhile comes afterwards.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from stages.messages import kind_of
 from stages.rows import first_line
 from storage.errors import UserError
+from storage.limits import ROW_BYTES
 from storage.words import counted
 
 # JSON text and the row's columns; a list of columns is that of the whole file, and may name one twice.
@@ -31,9 +31,6 @@ TEXT_ENDINGS = tuple(kind + packed for kind in _KINDS for packed in _COMPRESSED)
 _CHUNK_BYTES = 1 << 18
 # Compressed bytes that are unpacked at a time; zstd and gzip make at most some 100 MiB of so many.
 _PACKED_BYTES = 4096
-# Of one row, unpacked; this variable sets another number.
-MOST_ROW_BYTES = 256 << 20
-ROW_BYTES_VARIABLE = "PIPELINE_ROW_BYTES"
 # A JSON document is read whole; it may be as long as so many of the longest rows.
 _ROWS_OF_A_DOCUMENT = 16
 
@@ -49,9 +46,9 @@ def text_rows(path: Path, ending: str, advance: Advance) -> Iterator[Row]:
     elif kind in (".csv", ".tsv"):
         yield from _table(path, _lines(chunks), "\t" if kind == ".tsv" else ",")
     elif kind == ".txt":
-        yield json.dumps({"text": _decoded(_all(path, chunks, most_row_bytes()), f"{path}", first=True)}), ("text",)
+        yield json.dumps({"text": _decoded(_all(path, chunks, ROW_BYTES.value), f"{path}", first=True)}), ("text",)
     else:
-        yield from _json_document(path, _all(path, chunks, _ROWS_OF_A_DOCUMENT * most_row_bytes()))
+        yield from _json_document(path, _all(path, chunks, _ROWS_OF_A_DOCUMENT * ROW_BYTES.value))
 
 
 # ---- kinds of text ----------------------------------------------------------------------------------------
@@ -114,14 +111,6 @@ def _table(path: Path, lines: Iterator[bytes], delimiter: str) -> Iterator[Row]:
         raise UserError(f"{path}, line {reader.line_num} is not a valid row ({first_line(error)}); mend it.") from error
 
 
-def most_row_bytes() -> int:
-    """Return the bytes that one row of a text file may have. Raise UserError for a variable that is no number."""
-    text = os.environ.get(ROW_BYTES_VARIABLE) or str(MOST_ROW_BYTES)
-    if not text.isdecimal():
-        raise UserError(f"{ROW_BYTES_VARIABLE}={text}: wants a number of bytes, as in {MOST_ROW_BYTES}.")
-    return int(text)
-
-
 class _TooLongError(Exception):
     """A line has more bytes than a row may have."""
 
@@ -140,8 +129,8 @@ def _numbered(path: Path, lines: Iterator[bytes], rows: list[int]) -> Iterator[t
             ) from error
         except _TooLongError:
             raise UserError(
-                f"{path}, line {number + 1} is longer than {most_row_bytes():,} bytes, the most that a row may have; "
-                f"split it, or set {ROW_BYTES_VARIABLE}."
+                f"{path}, line {number + 1} is longer than {ROW_BYTES.value:,} bytes, the most that a row may have; "
+                f"split it, or set {ROW_BYTES.variable}."
             ) from None
         if line is None:
             return
@@ -236,7 +225,7 @@ def _all(path: Path, chunks: Iterator[bytes], most: int) -> bytes:
             if held > most:
                 raise UserError(
                     f"{path} is longer than {most:,} bytes, the most that is read at once; write it as JSON lines, or "
-                    f"set {ROW_BYTES_VARIABLE}."
+                    f"set {ROW_BYTES.variable}."
                 )
     except EOFError as error:
         raise UserError(f"{path} breaks off: {error}; copy or download the file again.") from error
@@ -289,7 +278,7 @@ def _unpacked(chunks: Iterator[bytes], new_frame: Callable[[], Any]) -> Iterator
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Split at newlines, across chunks. Raises _TooLongError before more than a row's bytes are held."""
     rest: list[bytes] = []
-    most, held = most_row_bytes(), 0
+    most, held = ROW_BYTES.value, 0
     for chunk in chunks:
         first, *more = chunk.split(b"\n")
         rest.append(first)

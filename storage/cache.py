@@ -18,6 +18,7 @@ import atexit
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import shutil
@@ -33,9 +34,11 @@ import pyarrow.parquet as pq
 
 from storage import copies
 from storage import shard as shard_file
+from storage.contained import ContainedPath
 from storage.errors import CacheError
 from storage.files import remove_temporaries, sha256_file, sync_directory, temporary_for, write_bytes
 from storage.json_text import parse_json
+from storage.limits import COPIES_BYTES, SHARD_BYTES, TOKENIZER_BYTES, UNPACKED_PER_BYTE
 from storage.manifest import (
     Manifest,
     Part,
@@ -64,8 +67,11 @@ SHARDS = "shards"
 # Each shard's summed tail; kept beside the shards so that a lost shard can be made again.
 TAIL_SUMS = "tail_sums"
 PARTIAL = "partial.json"
-# Of one file: vocabularies of a million tokens come to a tenth of this.
-MOST_TOKENIZER_BYTES = 256 << 20
+# Of a tokenizer: those of the Hub have a dozen.
+_MOST_TOKENIZER_FILES = 1000
+# Bytes of a file of one float64 per vocabulary id, at most, and of one without any.
+_FLOATS, _FILE = 16, 1 << 20
+_MOST_SKETCH_BYTES = 4 << 30
 # The tokenizer file that is uploaded last; a remote tokenizer without it is not whole.
 _TOKENIZER_LAST = "tokenizer_config.json"
 # Metadata of a summed or mean tail.
@@ -93,8 +99,8 @@ def sums(rows: Rows) -> tuple[float, float]:
 class Cache:
     """An opened cache. `open` for reading, `create_or_resume` for writing. `path`: where it lies, a Path or a URL."""
 
-    def __init__(self, path: Place, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, where: Place, manifest: Manifest) -> None:
+        self.path = place(where)
         self.manifest = manifest
         self._cache_id = manifest.cache_id
         self._receipts: dict[int, Receipt] = {}  # of remote shards
@@ -169,7 +175,7 @@ class Cache:
         return cache
 
     @property
-    def sketch_path(self) -> Place:
+    def sketch_path(self) -> ContainedPath | RemotePath:
         return self.path / SKETCH
 
     @classmethod
@@ -182,14 +188,14 @@ class Cache:
         path.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             write_bytes(path / SKETCH, data, exclusive=True)
-        return (path / SKETCH).read_bytes()
+        return (path / SKETCH).read_at_most(_MOST_SKETCH_BYTES, "a sketch")
 
     @classmethod
     def claimed_sketch(cls, where: str | Place) -> bytes | None:
         """What `claim_sketch` left there, or None."""
         path = place(where) / SKETCH
         try:
-            return path.read_bytes()
+            return path.read_at_most(_MOST_SKETCH_BYTES, "a sketch")
         except FileNotFoundError:
             return None
 
@@ -231,7 +237,7 @@ class Cache:
             if isinstance(path, RemotePath):
                 with copies.open_copy(path, sha256, size, fresh=fresh) as file:
                     return file.read()
-            data = path.read_bytes()
+            data = path.read_at_most(size, "the sketch")
         except FileNotFoundError:
             raise CacheError(f"{path}: the sketch of this cache is missing") from None
         except OSError as error:
@@ -280,16 +286,19 @@ class Cache:
         """
         folder = self.path / TOKENIZER
         if isinstance(folder, RemotePath):
-            listed = dict(_remote_files(folder))
-            files = {name: path.read_bytes() for name, path in listed.items()}
+            found = _remote_files(folder)
         else:
             if not folder.is_dir():
                 raise CacheError(f"{folder}: there is no tokenizer here")
-            paths = list(folder.files())  # type: ignore[attr-defined]
-            files = {
-                path.relative_to(folder).as_posix(): path.read_at_most(MOST_TOKENIZER_BYTES, "tokenizer's file")
-                for path in paths
-            }
+            found = ((path.relative_to(folder).as_posix(), path) for path in folder.files())
+        files: dict[str, bytes] = {}
+        total, most = 0, TOKENIZER_BYTES.value
+        for name, path in found:
+            if len(files) == _MOST_TOKENIZER_FILES:
+                raise CacheError(f"{folder}: has more than {_MOST_TOKENIZER_FILES} files, as no tokenizer has")
+            total += path.stat().st_size
+            TOKENIZER_BYTES.check(folder, total, "a tokenizer")
+            files[name] = path.read_at_most(most, "a tokenizer")
         if not files:
             raise CacheError(f"{folder}: there is no tokenizer here")
         check_tokenizer_files(files, str(folder))
@@ -326,13 +335,13 @@ class Cache:
             for path in sorted(files, key=lambda path: path == Path(folder) / _TOKENIZER_LAST):
                 (target / path.relative_to(folder).as_posix()).upload(path)
 
-    def shard_path(self, index: int) -> Place:
+    def shard_path(self, index: int) -> ContainedPath | RemotePath:
         return self.path / SHARDS / f"part-{index:05d}.parquet"
 
-    def receipt_path(self, index: int) -> Place:
+    def receipt_path(self, index: int) -> ContainedPath | RemotePath:
         return self.path / SHARDS / f"part-{index:05d}.json"
 
-    def tail_sum_path(self, index: int) -> Place:
+    def tail_sum_path(self, index: int) -> ContainedPath | RemotePath:
         return self.path / TAIL_SUMS / f"part-{index:05d}.parquet"
 
     @property
@@ -365,6 +374,9 @@ class Cache:
         """Raises CacheError where it is missing, damaged, or of another shard or cache."""
         path = self.receipt_path(index)
         receipt = read_receipt(path)
+        # A plan may say any number; a file of so many bytes holds no more tokens.
+        if receipt.tokens > UNPACKED_PER_BYTE * receipt.bytes + SHARD_BYTES.value:
+            raise CacheError(f"{path}: says {receipt.tokens:,} tokens in {receipt.bytes:,} bytes; {SHARD_BYTES.advice}")
         if receipt.cache_id != self._cache_id or receipt.shard != index:
             raise CacheError(
                 f"{path}: this receipt belongs to shard {receipt.shard} of cache {receipt.cache_id}, "
@@ -524,7 +536,7 @@ class Cache:
         if not isinstance(path, RemotePath):
             return None
         receipt = self._known_receipt(index)
-        if room * receipt.bytes > copies.limit():
+        if room * receipt.bytes > COPIES_BYTES.value:
             return None
         return copies.prefetch(path, receipt.sha256, receipt.bytes)
 
@@ -536,7 +548,11 @@ class Cache:
     def tail_sum(self, index: int) -> np.ndarray:
         """The summed tail of shard `index`, float64 `[V]`. Raises CacheError for a damaged one, OSError without one."""
         path = self.tail_sum_path(index)
-        return self._float_column(path, path.read_bytes(), "tail_sum", np.float64)[0]
+        return self._float_column(path, self._float_bytes(path), "tail_sum", np.float64)[0]
+
+    def _float_bytes(self, path: ContainedPath | RemotePath) -> bytes:
+        """The bytes of a file of one number per vocabulary id."""
+        return path.read_at_most(_FLOATS * self.manifest.vocabulary_size + _FILE, "numbers of a vocabulary")
 
     def seal(self, card: str) -> None:
         """Write what the whole cache says: the mean tail distribution and, last, the card."""
@@ -588,7 +604,7 @@ class Cache:
         if receipt is None:
             return None
         try:
-            data = path.read_bytes()
+            data = self._float_bytes(path)
         except FileNotFoundError:
             raise CacheError(f"{path}: missing; {MADE_AGAIN}") from None
         except OSError as error:
@@ -689,7 +705,7 @@ def _positions(stored: int) -> dict[bytes, bytes]:
 
 def _remote_files(folder: RemotePath, depth: int = 4) -> Iterator[tuple[str, RemotePath]]:
     """Files below a remote folder, by their paths in it; names that could lead out of a folder are passed over."""
-    for path in folder.iterdir():
+    for path in itertools.islice(folder.iterdir(), _MOST_TOKENIZER_FILES + 1):
         if set(path.name) & set("/\\:\0"):
             continue
         try:

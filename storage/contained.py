@@ -134,7 +134,7 @@ class ContainedPath(type(Path())):  # type: ignore[misc]
         with self.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise CacheError(f"{self}: has {size:,} bytes, more than the {limit:,} that a {what} may have")
+                raise CacheError(f"{self}: has {size:,} bytes, more than the {limit:,} that {what} may have")
             return file.read(limit + 1)
 
     @contextmanager

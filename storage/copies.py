@@ -2,7 +2,7 @@
 
 A copy is named by its sha256 and was compared with it when it came, so it can never be stale or of another cache.
 The least recently used ones give way. `PIPELINE_COPIES` names the folder (default `~/.cache/teacher-logit-cache`),
-`PIPELINE_COPIES_BYTES` its size (default 20 GiB).
+`PIPELINE_COPIES_BYTES` its size.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import IO
 
 from storage.errors import CacheError, UserError
 from storage.files import HashingFile, is_temporary, remove_temporaries, temporary_for
+from storage.limits import COPIES_BYTES
 from storage.places import CHUNK, RemotePath
 from storage.words import counted
 
 FOLDER_VARIABLE = "PIPELINE_COPIES"
-BYTES_VARIABLE = "PIPELINE_COPIES_BYTES"
-DEFAULT_BYTES = 20 << 30
 _NAME = re.compile("[0-9a-f]{64}")
 # Shards fetched at a time ahead of the reader.
 PREFETCHERS = 2
@@ -46,14 +45,6 @@ def folder() -> Path:
             "name a folder that belongs to you and that nobody else can write into"
         )
     return path
-
-
-def limit() -> int:
-    """Bytes that all copies together may take."""
-    text = os.environ.get(BYTES_VARIABLE) or str(DEFAULT_BYTES)
-    if not text.isdecimal():
-        raise UserError(f"{BYTES_VARIABLE}={text}: wants a number of bytes, as in {DEFAULT_BYTES}")
-    return int(text)
 
 
 def open_copy(remote: RemotePath, sha256: str, size: int, *, fresh: bool = False) -> IO[bytes]:
@@ -112,7 +103,7 @@ def _make_room(path: Path, size: int) -> None:
                 found.append((entry.stat().st_mtime, entry.stat().st_size, Path(entry.path)))
     total = size + sum(each[1] for each in found)
     for _, bytes_, copy in sorted(found):
-        if total <= limit():
+        if total <= COPIES_BYTES.value:
             return
         if not is_temporary(copy.name):
             copy.unlink(missing_ok=True)

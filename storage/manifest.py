@@ -17,9 +17,9 @@ from storage import schema
 from storage.errors import CacheError, UserError
 from storage.files import write_json
 from storage.json_text import parse_json
-from storage.places import Place
+from storage.limits import JSON_BYTES
+from storage.places import Place, place
 
-_MAX_JSON_BYTES = 64 << 20
 _MOST_FIELDS = 1000
 # Ids are int32 and everything that is counted fits int64 with room to multiply: larger numbers are damage or malice.
 _MAX_ID = 2**31 - 1
@@ -290,9 +290,7 @@ def checked(model: type[_M], **values: Any) -> _M:
 
 def _read_model(path: Place, model: type[_M], what: str) -> _M:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CacheError(f"{path}: too large to be a {what}")
-        raw = parse_json(path.read_bytes())
+        raw = parse_json(_json_bytes(path, f"a {what}"))
     except FileNotFoundError:
         raise CacheError(f"{path}: there is no {what} here") from None
     except OSError as error:
@@ -319,6 +317,12 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
         raise CacheError(f"{path}: the {what} is damaged at {where}: {first['msg']}") from None
 
 
+def _json_bytes(path: Place, what: str) -> bytes:
+    """The bytes of a JSON file. Raises CacheError, before it is read, for one that is longer than it may be."""
+    JSON_BYTES.check(path, path.stat().st_size, what)
+    return place(path).read_at_most(JSON_BYTES.value, what)
+
+
 def read_manifest(path: Place) -> Manifest:
     """Raises CacheError: missing, not JSON, damaged, or of a newer format version."""
     return _read_model(path, Manifest, "manifest")
@@ -327,8 +331,8 @@ def read_manifest(path: Place) -> Manifest:
 def peek_section(cache: Place, name: str) -> dict[str, Any]:
     """Return one section of the manifest in a directory, unchecked; nothing where it cannot be read."""
     try:
-        found = json.loads((cache / "manifest.json").read_bytes())[name]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(_json_bytes(cache / "manifest.json", "a manifest"))[name]
+    except (CacheError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -22,6 +22,9 @@ _TYPE, _UNPACKED, _PACKED, _OF_DATA = 1, 2, 3, 5
 _VALUES, _ENCODING = 1, 2
 _PLAIN, _RLE, _BYTE_STREAM_SPLIT = 0, 3, 9
 _MOST_DEPTH = 8
+# Of other writers' files: kinds of pages, and bytes of the widest value that is no text, with its levels.
+_DICTIONARY_PAGE, _OF_DATA_2 = 2, 8
+_WIDEST = 24
 # Bits that a value takes at least.
 _BITS = {"BOOLEAN": 1, "INT32": 32, "INT64": 64, "FLOAT": 32, "DOUBLE": 64, "FIXED_LEN_BYTE_ARRAY": 16}
 
@@ -83,6 +86,42 @@ def check_pages(data: memoryview, extent: Extent) -> None:
         at = begin + packed
     if at != len(data) or values != extent.values or unpacked != extent.unpacked:
         raise ValueError(f"a column's pages hold {values} values in {unpacked} bytes, not what the footer says")
+
+
+def most_unpacked(data: memoryview, metadata: pq.FileMetaData) -> int:
+    """Return bytes that the columns of any Parquet file take at most in memory, by the headers of its pages.
+
+    data: the file. Each value of a page counts as the longest that it can be: one with a dictionary may repeat an entry
+    as long as the whole dictionary, one of prefixes all that came before. Raises ValueError for damaged pages.
+    """
+    total = 0
+    for group in range(metadata.num_row_groups):
+        for index in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(index)
+            start = chunk.data_page_offset
+            if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
+                start = chunk.dictionary_page_offset
+            at, end = start, start + chunk.total_compressed_size
+            if not 0 <= start <= end <= len(data):
+                raise ValueError("a column lies outside the file")
+            of_text = chunk.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+            longest = 0
+            while at < end:
+                header, begin = _Struct(data).read(at)
+                size, packed = _number(header, _UNPACKED), _number(header, _PACKED)
+                of_data = header.get(_OF_DATA) or header.get(_OF_DATA_2)
+                if header.get(_TYPE) == _DICTIONARY_PAGE:
+                    longest = size
+                elif isinstance(of_data, dict):
+                    # In the second kind of page the encoding is the fourth field.
+                    encoding = of_data.get(_ENCODING if _OF_DATA in header else 4)
+                    widest = _WIDEST
+                    if of_text and encoding != _PLAIN:
+                        widest += longest if encoding in (2, 8) else size
+                    total += _number(of_data, _VALUES) * widest
+                total += size
+                at = begin + packed
+    return total
 
 
 def _number(struct: dict[int, object], field: int) -> int:

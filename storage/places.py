@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from storage.contained import ContainedPath
-from storage.errors import RunError, UserError
+from storage.errors import CacheError, RunError, UserError
 from storage.files import HashingFile
+from storage.limits import LISTING_BYTES, STORE_SECONDS
 from storage.new_path import check_slashes
 from storage.redact import without_secrets
+from storage.store_requests import TooLateError, TooMuchError, ask, http_client, s3_session
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 TRIES = 5
 FIRST_PAUSE = 0.2  # seconds; each later one is twice as long
 CHUNK = 8 << 20  # bytes of one ranged request
+# Bytes that a request may have besides those that were asked for.
+_BESIDES = 1 << 20
+# Bytes per second that any upload reaches.
+_SLOWEST_UPLOAD = 100_000
 
 # Which extra of this package brings the file system of a scheme.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -39,8 +45,6 @@ SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "https", "file
 SCHEMES_VARIABLE = "PIPELINE_SCHEMES"
 # Trying again does not help. NoCredentialsError is botocore's, which may not be installed.
 _FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,19 @@ class RemotePath:
         """Object stores have no folders."""
 
     def exists(self) -> bool:
-        return self._tried(lambda system, path: system.exists(path))
+        return bool(self._tried("exists"))
 
     def stat(self) -> os.stat_result:
         """Only the size is meaningful."""
-        size = self._tried(lambda system, path: system.info(path)["size"]) or 0
+        size = self._tried("info").get("size") or 0
+        if not isinstance(size, int) or size < 0:
+            raise RunError(f"{self.url}: the store says a size that is none ({str(size)[:40]})")
         return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, 0, 0))
 
     def iterdir(self) -> Iterator[RemotePath]:
         """What lies in this folder; nothing where it does not exist."""
         try:
-            listed = self._tried(lambda system, path: system.ls(path, detail=False))
+            listed = self._tried("ls", most=LISTING_BYTES.value, detail=False)
         except FileNotFoundError:
             return
         for path in sorted(listed):
@@ -92,21 +98,28 @@ class RemotePath:
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
-    def read_bytes(self) -> bytes:
-        return self._tried(lambda system, path: system.cat_file(path))
+    def read_at_most(self, limit: int, what: str) -> bytes:
+        """Return the whole file. Raise CacheError, before it is read, where it is longer than `limit` bytes."""
+        size = self.stat().st_size
+        if size > limit:
+            raise CacheError(f"{self}: has {size:,} bytes, more than the {limit:,} that {what} may have")
+        return self.read_range(0, size)
 
     def open(self, _mode: str = "rb") -> io.RawIOBase:
-        """A readable, seekable file; each read is one request for just that range."""
+        """A readable, seekable file; each read is of just that range."""
         return _RangedFile(self, self.stat().st_size)
 
     def read_range(self, start: int, end: int) -> bytes:
-        def read(system: AbstractFileSystem, path: str) -> bytes:
-            data = system.cat_file(path, start=start, end=end)
+        """Return the bytes from `start` to `end`, which the file has, in requests of at most CHUNK bytes."""
+        parts = [self._read_chunk(at, min(at + CHUNK, end)) for at in range(start, end, CHUNK)]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_chunk(self, start: int, end: int) -> bytes:
+        def check(data: bytes) -> None:
             if len(data) != end - start:
                 raise ConnectionError(f"{len(data)} of {end - start} bytes came")
-            return data
 
-        return self._tried(read)
+        return self._tried("cat_file", most=end - start + _BESIDES, start=start, end=end, check=check)
 
     def upload(self, local: Path, *, exclusive: bool = False) -> None:
         """Put a local file here, replacing what is. `exclusive`: raises FileExistsError where something is.
@@ -115,18 +128,17 @@ class RemotePath:
         """
         size = local.stat().st_size
         scheme = self.url.partition("://")[0]
-        condition = {"mode": "create"} if exclusive and scheme in EXTRAS else {}
+        condition: dict[str, Any] = {"mode": "create"} if exclusive and scheme in EXTRAS else {}
 
-        def put(system: AbstractFileSystem, path: str) -> None:
-            system.put_file(str(local), path, **condition)
-            system.invalidate_cache()
-            if (found := system.info(path)["size"]) != size:
+        def check(_: object) -> None:
+            if (found := self.stat().st_size) != size:
                 raise ConnectionError(f"{found} of {size} bytes arrived")
 
         if exclusive and self.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.url)
+        seconds = STORE_SECONDS.value + size // _SLOWEST_UPLOAD
         try:
-            self._tried(put)
+            self._tried("put_file", str(local), seconds=seconds, check=check, **condition)
         except FileNotFoundError:
             raise RunError(f"{self.url}: cannot be written; there is no such bucket") from None
 
@@ -145,18 +157,33 @@ class RemotePath:
         if scheme in EXTRAS and not bucket.exists():
             raise UserError(f"{self.url}: there is no bucket {bucket}")
 
-    def _tried(self, operation: Callable[[AbstractFileSystem, str], _T]) -> _T:
+    def _tried(
+        self,
+        method: str,
+        *args: Any,
+        most: int = _BESIDES,
+        seconds: float | None = None,
+        check: Callable[[Any], None] = lambda answer: None,
+        **named: Any,
+    ) -> Any:
+        """What a method of the file system returns for this path, which comes after `args`.
+
+        most: bytes that may come. seconds: for each try. check: raises for an answer that is worth another try.
+        """
         system, path = self._system()
+        seconds = seconds or STORE_SECONDS.value
         for attempt in range(TRIES):
             try:
-                return operation(system, path)
+                answer = ask(system, method, *args, path, seconds=seconds, most=most, **named)
+                check(answer)
+                return answer
             except (UserError, FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # every file system has exceptions of its own
-                final = isinstance(error, _FINAL) or "Credentials" in type(error).__name__
+                too_much = _caused_by(error, TooMuchError)
+                final = too_much or isinstance(error, _FINAL) or "Credentials" in type(error).__name__
                 if final or attempt == TRIES - 1:
-                    tries = "" if final else f" after {TRIES} tries"
-                    raise RunError(f"{self.url}: {_cause(error)}{tries}") from error
+                    raise RunError(f"{self.url}: {_said(error, method, seconds, final)}") from error
             system.invalidate_cache()
             time.sleep(FIRST_PAUSE * 2**attempt)
         raise AssertionError("unreachable: the last try returns or raises")
@@ -167,12 +194,15 @@ class RemotePath:
 
         scheme = self.url.partition("://")[0]
         options: dict[str, Any] = {"use_listings_cache": False}
+        if scheme == "https":
+            options["get_client"] = http_client
         if scheme in ("s3", "s3a"):
             # Without these the tries of three layers multiply, and a dead host is waited for minutes.
             options["config_kwargs"] = {
                 "retries": {"total_max_attempts": 1},
                 "connect_timeout": 10,
                 "read_timeout": 60,
+                "http_session_cls": _s3_session(self.url),
             }
         try:
             system, path = url_to_fs(self.url, **options)
@@ -190,7 +220,7 @@ class RemotePath:
 Place: TypeAlias = Path | RemotePath
 
 
-def place(where: str | Path | RemotePath) -> Place:
+def place(where: str | Path | RemotePath) -> ContainedPath | RemotePath:
     """The path or URL that a person named. Raises UserError for a URL that no file system serves."""
     if not isinstance(where, str) or "://" not in where:
         check_slashes(str(where))
@@ -256,6 +286,36 @@ class _RangedFile(io.RawIOBase):
         buffer[:length] = self._path.read_range(self._at, self._at + length)
         self._at += length
         return length
+
+
+def _s3_session(url: str) -> type:
+    try:
+        return s3_session()
+    except ImportError:
+        raise UserError(
+            f"{url}: the file system of s3:// is not installed; install 'teacher-logit-cache[s3]'"
+        ) from None
+
+
+def _said(error: Exception, method: str, seconds: float, final: bool) -> str:
+    """The cause of a failed request, and what to do where a limit of ours ended it."""
+    tries = "" if final else f" after {TRIES} tries"
+    if _caused_by(error, TooLateError):
+        return f"no answer within {seconds:g} s{tries}; set {STORE_SECONDS.variable} for another limit"
+    if _caused_by(error, TooMuchError):
+        if method == "ls":
+            return f"a list of more than {LISTING_BYTES.value:,} bytes; {LISTING_BYTES.advice}"
+        return "the store sends more than was asked for; a server of files must serve ranges of them"
+    return f"{_cause(error)}{tries}"
+
+
+def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether it is one, or was raised because of one: file systems wrap what their connection raises."""
+    for _ in range(10):
+        if error is None or isinstance(error, kind):
+            break
+        error = getattr(error, "kwargs", {}).get("error") or error.__cause__ or error.__context__
+    return isinstance(error, kind)
 
 
 def _cause(error: BaseException) -> str:

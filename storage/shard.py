@@ -8,6 +8,7 @@ carries a CRC that reading checks. What other encodings would cost: docs/storage
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from storage import pages, schema
 from storage.errors import CacheError
 from storage.files import atomic_file
+from storage.limits import SHARD_BYTES, UNPACKED_PER_BYTE
 from storage.manifest import Manifest
 from storage.places import Place
 from storage.quantization import LOGPROB_STEP, rounding
@@ -34,6 +36,8 @@ _SPLIT = (pa.int32(), pa.float32(), pa.uint8())
 MOST_VALUES = 2**31 - 1
 # Bytes of a column that are not its values: dictionaries, headers.
 _OVERHEAD = 1 << 20
+# What a value of any kind is counted with, in memory.
+_VALUE_BYTES = 8
 # Entries whose values are checked at a time: their float64 stays in a core's cache.
 _CHECKED_ENTRIES = 1 << 16
 _WIDEST_TABLE = 1 << 23
@@ -144,7 +148,7 @@ def read_shard(
         raise CacheError(f"{path}: shard {index} is missing") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CacheError(f"{path}: unreadable as Parquet ({reason[:120]})") from None
+        raise CacheError(f"{path}: unreadable as Parquet ({reason[:200]})") from None
     try:
         rows = Rows.from_table(table)
     except CacheError as error:
@@ -175,11 +179,18 @@ def read_checked(
     what the footer says: a few kilobytes of zstd may stand for gigabytes, and Arrow may crash.
     """
     values = dict.fromkeys(names, 0)
+    size = source.seek(0, os.SEEK_END)
+    allowed = SHARD_BYTES.value + UNPACKED_PER_BYTE * size
     places = list(pages.extents(parquet.metadata, names))
     for name, extent in places:
         values[name] += extent.values
         if values[name] > most[name]:
             raise ValueError(f"column {name} claims {values[name]} values, the plan allows {most[name]}")
+        if _VALUE_BYTES * sum(values.values()) > allowed:
+            raise ValueError(
+                f"its {size:,} bytes claim {sum(values.values()):,} values and more, too many for its length; "
+                f"{SHARD_BYTES.advice}"
+            )
         # Eight bytes are the widest value; levels and headers of pages come to far less than as much again.
         if extent.unpacked > 16 * most[name] + _OVERHEAD:
             raise ValueError(f"column {name} claims {extent.unpacked} bytes for {extent.values} values")

@@ -14,6 +14,7 @@ from pathlib import Path
 from storage.cache import CARD, PRIOR_RECEIPT, TAIL_PRIOR, Cache
 from storage.errors import CacheError
 from storage.files import atomic_file, sha256_file, write_bytes
+from storage.limits import JSON_BYTES
 from storage.manifest import write_model
 from storage.places import CHUNK, Place
 
@@ -75,7 +76,7 @@ def copy_cache(
         _copy_file(source.path / TAIL_PRIOR, cache.path / TAIL_PRIOR, prior.sha256)
         write_model(cache.path / PRIOR_RECEIPT, prior)
     if source.is_sealed:
-        write_bytes(cache.path / CARD, (source.path / CARD).read_bytes())
+        write_bytes(cache.path / CARD, (source.path / CARD).read_at_most(JSON_BYTES.value, "a card"))
     return copied
 
 

@@ -53,7 +53,7 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
     """
     import numpy as np
 
-    from stages.compatibility import cache_tokenizer
+    from stages.compatibility import cache_tokenizer, decoded
     from stages.summary import summarize
     from storage.cache import Cache
 
@@ -110,12 +110,17 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
         _explained(cache)
     gold = int(ids[position + 1])
     gold_logprob = float(rows["gold_logprob"][row][position])
-    before = tokenizer.decode(ids[max(0, position - 40) : position + 1])
+    start = int(counts[:position].sum())
+    shown = slice(start, start + min(alternatives or _ALTERNATIVES, int(counts[position])))
+    top = rows["top_ids"][row][shown].tolist()
+    before, next_text, *top_texts = decoded(
+        cache, tokenizer, [ids[max(0, position - 40) : position + 1].tolist(), [gold], *([token] for token in top)]
+    )
     summary(
         f"sequence {sequence}, position {position} of 0..{len(mask) - 1}",
         [
             ("text so far", f"...{before[-200:]}" if position > 40 or len(before) > 200 else before),
-            ("what came next", f"{tokenizer.decode([gold])!r} (id {gold})"),
+            ("what came next", f"{next_text!r} (id {gold})"),
             ("p(gold)", f"{math.exp(gold_logprob):.6g}"),
             ("UNC", f"{-math.expm1(gold_logprob):.6g}"),
             *([("entropy", f"{float(rows['entropy'][row][position]):.4f} nats")] if manifest.scoring.entropy else []),
@@ -125,20 +130,18 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
     if not mask[position]:
         say("this position has no loss, so its top-N is not stored")
         return
-    start = int(counts[:position].sum())
-    shown = slice(start, start + min(alternatives or _ALTERNATIVES, int(counts[position])))
     table(
         "the teacher's tokens",
         ["rank", "token", "id", "probability"],
         [
             (
                 rank,
-                repr(tokenizer.decode([token])) + (" <- gold" if token == gold else ""),
+                repr(text) + (" <- gold" if token == gold else ""),
                 token,
                 f"{math.exp(logprob):.6f}",
             )
-            for rank, (token, logprob) in enumerate(
-                zip(rows["top_ids"][row][shown].tolist(), rows["top_logprobs"][row][shown].tolist(), strict=True), 1
+            for rank, (token, text, logprob) in enumerate(
+                zip(top, top_texts, rows["top_logprobs"][row][shown].tolist(), strict=True), 1
             )
         ],
     )
@@ -146,12 +149,13 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
 
 def _show_masks(cache: Cache, shard: int, sequence: int) -> None:
     from pipeline.mask_view import show, stretches
-    from stages.compatibility import cache_tokenizer
+    from stages.compatibility import cache_tokenizer, within_limits
 
     rows = cache.read_shard(shard, ["input_ids", "loss_mask"])
     row = sequence - cache.manifest.shards[shard].first
     ids, mask = rows["input_ids"][row], rows["loss_mask"][row]
-    view = stretches(cache_tokenizer(cache), ids, mask)
+    tokenizer = cache_tokenizer(cache)
+    view = within_limits(cache, lambda: stretches(tokenizer, ids, mask))
     show(view, f"sequence {sequence} of {cache.manifest.corpus.sequences}", ids, mask, sys.stdout)
 
 

@@ -7,10 +7,8 @@ import click
 from pipeline.progress import Progress, printable
 from pipeline.streams import say
 from storage.errors import RunError, UserError
+from storage.limits import SHOWN
 from storage.words import counted
-
-# Problems that are shown, of as many as there are.
-_SHOWN = 100
 
 
 @click.command("verify")
@@ -33,15 +31,15 @@ def command(directory: str) -> None:
 
     cache = Cache.open(directory)
     shards = cache.manifest.shards
-    found = 0
+    found, shown = 0, SHOWN.value
     tokens = sum(shards[index].tokens for index in cache.shards_here)
     with Progress("verifying", tokens) as progress:
         for problem in integrity.problems(cache, lambda shard: progress.advance(shards[shard].tokens)):
             found += 1
-            if found <= _SHOWN:
+            if found <= shown:
                 say(printable(problem))
-    if found > _SHOWN:
-        say(f"and {counted(found - _SHOWN, 'problem', ',')} more")
+    if found > shown:
+        say(f"and {counted(found - shown, 'problem', ',')} more; {SHOWN.advice}")
     try:
         cache_tokenizer(cache)
     except UserError as error:

@@ -14,8 +14,9 @@ import pytest
 import zstandard
 
 from stages.sources import load_rows
-from stages.text_files import MOST_ROW_BYTES, text_rows
+from stages.text_files import text_rows
 from storage.errors import UserError
+from storage.limits import ROW_BYTES
 
 MIB = 1 << 20
 
@@ -92,7 +93,7 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="PIPELINE_ROW_BYTES=much: wants a number of bytes"):
         list(text_rows(tmp_path / "a.jsonl", ".jsonl", lambda n: None))
     monkeypatch.delenv("PIPELINE_ROW_BYTES")
-    assert MOST_ROW_BYTES == 256 * MIB and len(list(text_rows(tmp_path / "a.jsonl", ".jsonl", lambda n: None))) == 1
+    assert ROW_BYTES.default == 256 * MIB and len(list(text_rows(tmp_path / "a.jsonl", ".jsonl", lambda n: None))) == 1
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
