@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.identity import PROBES, probe, tokenizer_identity
 from stages.limited import LimitError, limited
@@ -37,11 +37,12 @@ def cache_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
 def _tried(path: str, shown: str) -> TokenizerIdentity:
     """The identity of a tokenizer whose files lie in a private folder. `shown`: where they come from."""
 
-    def identity() -> TokenizerIdentity:
-        return tokenizer_identity(load_tokenizer(path))
+    def identity() -> dict[str, Any]:
+        return tokenizer_identity(load_tokenizer(path)).model_dump()
 
     try:
-        return limited(identity, memory=TOKENIZER_MEMORY.value, seconds=TOKENIZER_SECONDS.value)
+        found = limited(identity, memory=TOKENIZER_MEMORY.value, seconds=TOKENIZER_SECONDS.value)
+        return TokenizerIdentity.model_validate(found)
     except LimitError as error:
         raise CacheError(
             f"{shown}: the trial of this tokenizer {error}; if you trust it, set {TOKENIZER_SECONDS.variable} or "

@@ -8,9 +8,9 @@ On Linux; elsewhere the work is done in this process, without the limits.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,13 +32,13 @@ class LimitError(Exception):
 
 
 def limited(call: Callable[[], _T], *, memory: int, seconds: float | None = None) -> _T:
-    """Return what `call` returns, as `items` does what it sends."""
+    """Return what `call` returns, which JSON has a word for, as `items` does what it sends."""
     found: list[_T] = list(items(lambda send: send(call()), memory=memory, seconds=seconds))
     return found[0]
 
 
 def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = None) -> Iterator[Any]:
-    """Yield what `work` sends, in order, from a process that may take `memory` bytes more than this one has.
+    """Yield what `work` sends, in order: JSON values, from a process that may take `memory` bytes more than this one.
 
     seconds: for all of it. Raises LimitError, and the UserError that `work` raises; any other error of it is a
     LimitError too, for nothing is known of a program of others.
@@ -60,7 +60,7 @@ def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = 
             if not ours.poll(None if until is None else max(0.0, until - time.monotonic())):
                 raise LimitError(f"takes more than {seconds:g} s")
             try:
-                kind, value = pickle.loads(ours.recv_bytes(_MOST_SENT))
+                kind, value = json.loads(ours.recv_bytes(_MOST_SENT))
             except EOFError:
                 process.join()
                 # The kernel's killer of processes, or Arrow and Rust, which end where there is no memory.
@@ -69,8 +69,10 @@ def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = 
                 raise LimitError(f"gives more than {_MOST_SENT:,} bytes at once") from None
             if kind == "done":
                 return
-            if kind == "error":
-                raise value
+            if kind == "limit":
+                raise LimitError(value)
+            if kind == "refused":
+                raise UserError(value)
             yield value
     finally:
         process.kill()
@@ -90,23 +92,28 @@ def _work(work: Callable[[Send], None], pipe: Connection, memory: int, parent: i
     def send(value: Any) -> None:
         if os.getppid() != parent:
             os._exit(1)
-        pipe.send(("item", value))
+        pipe.send_bytes(_text("item", value))
 
     try:
         work(send)
-        answer: tuple[str, Any] = ("done", None)
+        answer = _text("done", None)
     except UserError as error:
-        answer = ("error", error)
+        answer = _text("refused", str(error))
     except MemoryError:
-        answer = ("error", LimitError(f"takes more than {memory:,} bytes of memory"))
+        answer = _text("limit", f"takes more than {memory:,} bytes of memory")
     except BaseException as error:  # noqa: BLE001 - a panic of Rust is no Exception
         said = " ".join(str(error).split())[:160]
-        answer = ("error", LimitError(f"fails with {type(error).__name__}{': ' if said else ''}{said}"))
+        answer = _text("limit", f"fails with {type(error).__name__}{': ' if said else ''}{said}")
     with suppress(OSError):
-        pipe.send(answer)
+        pipe.send_bytes(answer)
     pipe.close()
     # Nothing of the parent's is to be put in order here.
     os._exit(0)
+
+
+def _text(kind: str, value: Any) -> bytes:
+    # JSON, for a pickle would be a way out of the process.
+    return json.dumps([kind, value]).encode()
 
 
 def _limit_memory(memory: int) -> None:

@@ -135,7 +135,8 @@ class ContainedPath(type(Path())):  # type: ignore[misc]
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise CacheError(f"{self}: has {size:,} bytes, more than the {limit:,} that {what} may have")
-            return file.read(limit + 1)
+            # A buffer of this length is made at once.
+            return file.read(size)
 
     @contextmanager
     def folder(self) -> Iterator[int | None]:

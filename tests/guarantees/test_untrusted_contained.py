@@ -282,7 +282,7 @@ def test_a_file_longer_than_it_may_be_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(CacheError, match="more than the 1,000 that a card may have"):
-        (root / "large").read_at_most(1000, "card")
+        (root / "large").read_at_most(1000, "a card")
 
 
 # ---- local copies of remote shards, and places ------------------------------------------------------------------

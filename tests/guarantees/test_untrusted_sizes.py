@@ -73,6 +73,10 @@ def test_problems_are_counted_and_the_first_are_shown(tmp_path: Path, pipeline: 
     ended = pipeline("verify", tmp_path / "cache")
     assert ended.code == 1 and shards > 110
     assert ended.out.count("there is no receipt") == 100
-    hidden = int(re.search(r"^and ([0-9,]+) problems more$", ended.out, re.MULTILINE)[1].replace(",", ""))
+    hidden = int(
+        re.search(r"^and ([0-9,]+) problems more; set PIPELINE_SHOWN for another limit$", ended.out, re.MULTILINE)[
+            1
+        ].replace(",", "")
+    )
     # The tokenizer is looked at afterwards, and said in any case.
     assert hidden >= shards - 100 and f"{101 + hidden} problems in this cache" in ended.err

@@ -189,7 +189,7 @@ def test_other_processes_read_after_a_fork(local: Cache, remote: Cache) -> None:
 
 def overwrite(path: object, change: Callable[[bytearray], object]) -> None:
     assert isinstance(path, RemotePath)
-    raw = bytearray(path.read_bytes())
+    raw = bytearray(path.read_at_most(1 << 30, "a file"))
     change(raw)
     with path.atomic_file() as file:
         file.write(raw)
