@@ -10,7 +10,7 @@ from stages.identity import PROBES, probe, tokenizer_identity
 from stages.limited import LimitError, limited
 from stages.pretrained import load_tokenizer
 from storage.cache import TOKENIZER, Cache
-from storage.errors import CacheError
+from storage.errors import CacheError, UserError
 from storage.limits import TOKENIZER_MEMORY, TOKENIZER_SECONDS
 from storage.manifest import TokenizerIdentity
 
@@ -43,6 +43,8 @@ def _tried(path: str, shown: str) -> TokenizerIdentity:
     try:
         found = limited(identity, memory=TOKENIZER_MEMORY.value, seconds=TOKENIZER_SECONDS.value)
         return TokenizerIdentity.model_validate(found)
+    except UserError as error:
+        raise CacheError(str(error).replace(path, shown)) from None
     except LimitError as error:
         raise CacheError(
             f"{shown}: the trial of this tokenizer {error}; if you trust it, set {TOKENIZER_SECONDS.variable} or "

@@ -8,6 +8,7 @@ On Linux; elsewhere the work is done in this process, without the limits.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -87,6 +88,7 @@ def _work(work: Callable[[Send], None], pipe: Connection, memory: int, parent: i
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    faulthandler.disable()
     _limit_memory(memory)
 
     def send(value: Any) -> None:

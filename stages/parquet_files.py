@@ -38,6 +38,9 @@ def read_schema(path: Path) -> tuple[pa.Schema, int]:
         # An open file, because Arrow takes no names that are not UTF-8.
         with path.open("rb") as source, pq.ParquetFile(source) as file:
             return file.schema_arrow, file.metadata.num_rows
+    except MemoryError:
+        # Arrow's own is an ArrowException besides; whoever set the limit says so.
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {_reason(error)}.") from error
 
@@ -236,6 +239,9 @@ def _batches(path: Path, columns: list[str] | None, advance: Callable[[int], Any
                 advance(int(share * batch.num_rows))
                 # A name with a dot in it selects nested columns, too.
                 yield batch if columns is None else batch.select(columns)
+    except MemoryError:
+        # Arrow's own is an ArrowException besides; whoever set the limit says so.
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable Parquet file: {_reason(error)}.") from error
 
