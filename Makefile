@@ -9,7 +9,7 @@ UNUSED := torchvision torchaudio torchcodec
 # The versions that the tests run with.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-floors lint types docs clean
+.PHONY: demo test test-floors lint types docs lock clean
 
 demo: $(VENV)/.base  ## teacher -> cache -> three students -> table, on real text, no GPU, no download
 	$(BIN)/python -m examples.demo
@@ -33,6 +33,14 @@ types: $(VENV)/.test
 
 docs: $(VENV)/.base  ## write the generated pages again
 	$(BIN)/python docs/generate.py
+
+# Of torch the wheels of the index, not a local build; what only those need is not installed here.
+lock: $(VENV)/.test  ## requirements.lock: the versions of this environment, with the hashes of their files
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//; /^triton/d; /^uv=/d' > .lock-constraints
+	$(BIN)/uv pip compile pyproject.toml --extra lora --extra gguf --extra s3 --universal --python-version 3.11 \
+		--constraint .lock-constraints --generate-hashes --no-header --no-annotate --quiet -o requirements.lock
+	rm .lock-constraints
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands, docs/format.md from the schema, docs/chat-templates.md from rendered chats.
+"""Write pages of docs/: cli.md from the commands, format.md from the schema, limits.md, chat-templates.md from chats.
 
 `python docs/generate.py` writes them; with `--check` it writes nothing, names the stale files and exits 1.
 """
@@ -26,6 +26,22 @@ _NOTE = "<!-- Written by docs/generate.py; change the source, then run it again.
 _CLI_INTRODUCTION = """\
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 2 misuse or bad input (nothing
 was done), 1 the run failed, 130 interrupted by Ctrl-C, 143 by SIGTERM. Every command takes `--help` and `--debug`.
+"""
+
+_LIMITS_INTRODUCTION = """\
+A cache, a store, a server and a corpus may be somebody else's, so all that is read of them is limited. Each limit is an
+environment variable, which holds for every command; the message of what breaks a limit names it.
+
+| variable | default | limits |
+| --- | --- | --- |
+"""
+
+_LIMITS_REST = """\
+
+A bundle unpacks to at most {times} times its size and {besides}; a problem that is one of many is counted, not shown.
+The trial of a tokenizer and the reading of a Parquet file that unpacks far are done in a process of their own, whose
+memory the system limits, on Linux; elsewhere in the command's own process, without those limits. The bytes that come
+from a store are counted for `s3://` and `https://`; for other stores the time is limited alone.
 """
 
 _FORMAT_INTRODUCTION = """\
@@ -176,6 +192,25 @@ def format_markdown() -> str:
     return "\n".join([_NOTE + "# Format of a cache\n", _FORMAT_INTRODUCTION, schema.format_markdown(), rest])
 
 
+def limits_markdown() -> str:
+    """The table of limits."""
+    from storage.bundle import MOST_BESIDES, MOST_TIMES
+    from storage.limits import LIMITS
+
+    rows = [f"| `{each.variable}` | {_amount(each.default, each.unit)} | {each.bounds} |" for each in LIMITS]
+    rest = _LIMITS_REST.format(times=MOST_TIMES, besides=_amount(MOST_BESIDES, "bytes"))
+    return _NOTE + "# Limits\n\n" + _LIMITS_INTRODUCTION + "\n".join(rows) + "\n" + rest
+
+
+def _amount(number: int, unit: str) -> str:
+    if unit != "bytes":
+        return f"{number} {unit}"
+    for power, name in ((30, "GiB"), (20, "MiB")):
+        if number % (1 << power) == 0:
+            return f"{number >> power} {name}"
+    return f"{number} bytes"
+
+
 def _fields(model: type[BaseModel], prefix: str = "") -> str:
     """A list of a model's fields and, indented, of the models inside it."""
     lines = []
@@ -194,6 +229,7 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "cli.md": cli_markdown(),
         DOCS / "format.md": format_markdown(),
+        DOCS / "limits.md": limits_markdown(),
         DOCS / "chat-templates.md": chat_templates_markdown(),
     }
 

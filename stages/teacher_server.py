@@ -34,6 +34,8 @@ _STOCK_TOP_N = 20
 # Ids of a probe.
 _PROBED = 17
 _ANY_LENGTH = 1 << 30
+# Characters of a name that a server gives: paths are shorter.
+_LONGEST_NAME = 1024
 
 
 class ServerTeacher(Teacher):
@@ -100,7 +102,10 @@ class ServerTeacher(Teacher):
     def _choose_model(self, wanted: str | None) -> None:
         """Take the name to ask for and the ids that the server reads."""
         models = self._ask("GET", "/v1/models").get("data")
-        if not isinstance(models, list) or not all(isinstance(m, dict) and "id" in m for m in models):
+        if not isinstance(models, list) or not all(
+            isinstance(m, dict) and _is_name(m.get("id")) and (m.get("root") is None or _is_name(m["root"]))
+            for m in models
+        ):
             raise UserError(f"{self._http.url}: /v1/models does not answer as vLLM does; is this a vLLM server?")
         served = ", ".join(str(m["id"]) for m in models) or "nothing"
         if wanted is None and len(models) != 1:
@@ -118,7 +123,7 @@ class ServerTeacher(Teacher):
             )
         longest = model.get("max_model_len")
         if longest is not None and (type(longest) is not int or longest < 2):
-            raise UserError(f"{self._http.url}: /v1/models gives {name} a max_model_len of {longest!r}")
+            raise UserError(f"{self._http.url}: /v1/models gives {name} a max_model_len of {repr(longest)[:40]}")
         self._model, self._max_model_len = name, longest
         self._serving = self._serving.as_served(root, name)
 
@@ -246,9 +251,10 @@ class ServerTeacher(Teacher):
     def _version(self) -> str | None:
         status, body = self._http.once("GET", "/version")
         try:
-            return str(json.loads(body)["version"]) if status == 200 else None
+            version = json.loads(body)["version"] if status == 200 else None
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
+        return version if _is_name(version) else None
 
     def _ask(self, method: str, path: str) -> dict[str, Any]:
         """A question at the start: one that stays without an answer is a UserError."""
@@ -334,6 +340,11 @@ class ServerTeacher(Teacher):
 
     def close(self) -> None:
         self._http.close()
+
+
+def _is_name(value: object) -> bool:
+    """Whether a server may call something so: it goes into messages and files."""
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable()
 
 
 def _probe(ids: list[int]) -> TokenSequence:

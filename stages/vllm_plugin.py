@@ -117,6 +117,16 @@ class PackedStatistics:
     entries: np.ndarray
 
     @property
+    def has_whole_ids(self) -> bool:
+        """Whether all that are ids, of the top-N and of samples, are integers that int32 holds."""
+        top_n, samples = self.options.top_n, self.options.tail_samples
+        for values in (self.entries[:, :top_n], self.entries[:, 2 * top_n : 2 * top_n + samples]):
+            # NaN compares with nothing.
+            if not ((np.floor(values) == values) & (np.abs(values) < 2**31)).all():
+                return False
+        return True
+
+    @property
     def top_ids(self) -> np.ndarray:
         """int32 [P, N], -1 beyond what a position keeps"""
         return self.entries[:, : self.options.top_n].astype(np.int32)

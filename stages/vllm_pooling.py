@@ -69,6 +69,8 @@ def scored_from_packed(sequence: TokenSequence, packed: PackedStatistics) -> Sco
         entries = PackedStatistics(
             packed.options, packed.vocabulary_size, packed.dense, packed.entries[sequence.loss_mask]
         )
+    if not entries.has_whole_ids:
+        raise RunError(f"sequence {sequence.sequence_id}: the engine gave an id that is no whole number")
     gold, tail, entropy = np.ascontiguousarray(packed.dense[:, :3].T)
     refuse_non_finite(sequence, gold, entropy)
     return ScoredSequence(

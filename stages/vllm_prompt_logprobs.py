@@ -115,13 +115,13 @@ def scored_from_json(
     for row, (token, position) in enumerate(zip(golds, positions[1:], strict=True)):
         try:
             said, tokens, logprobs = _of_position(position, token, options.top_n, vocabulary_size)
+            # Beyond float32 is infinite, which is refused further on.
+            with np.errstate(over="ignore"):
+                gold[row], ids[row], top[row] = said, tokens, logprobs
         except _Unlike as error:
             raise ValueError(f"position {row}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             raise ValueError(f"position {row}: not the log-probabilities that vLLM sends") from None
-        # Beyond float32 is infinite, which is refused further on.
-        with np.errstate(over="ignore"):
-            gold[row], ids[row], top[row] = said, tokens, logprobs
     order = np.argsort(-top, axis=1, kind="stable")
     ids, top = np.take_along_axis(ids, order, 1), np.take_along_axis(top, order, 1)
     for values in (top, gold):

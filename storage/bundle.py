@@ -36,8 +36,8 @@ SUFFIX = ".tar.zst"
 LEVEL = 1
 _CHUNK = 1 << 20
 # Shards are compressed already: what unpacks to much more than its size is no bundle of ours.
-_MOST_TIMES = 64
-_MOST_BESIDES = 64 << 20
+MOST_TIMES = 64
+MOST_BESIDES = 64 << 20
 # Bytes of the headers that name one member; tarfile reads them at once.
 _MOST_HEADER = 1 << 16
 _MEMBER = re.compile(
@@ -152,7 +152,7 @@ def _check_sum(file: Path) -> None:
 
 
 def _extract(file: Path, target: Path) -> None:
-    room = _MOST_TIMES * file.stat().st_size + _MOST_BESIDES
+    room = MOST_TIMES * file.stat().st_size + MOST_BESIDES
     with (
         open(file, "rb") as raw,
         zstandard.ZstdDecompressor().stream_reader(raw) as stream,
@@ -170,7 +170,7 @@ def _extract(file: Path, target: Path) -> None:
             room -= member.size + tarfile.BLOCKSIZE
             if room < 0:
                 raise CacheError(
-                    f"{file}: unpacks to more than {_MOST_TIMES} times its size, as no bundle of ours does; "
+                    f"{file}: unpacks to more than {MOST_TIMES} times its size, as no bundle of ours does; "
                     "nothing was unpacked"
                 )
             path = target.joinpath(*name.parts)

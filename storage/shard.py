@@ -52,9 +52,21 @@ class Written:
 
 
 def write_shard(path: Place, rows: Rows, manifest: Manifest, index: int) -> Written:
-    """Write `rows` to `path`, atomically and durably."""
+    """Write `rows` to `path`, atomically and durably. Raises CacheError for a shard that no reader would unpack."""
     columns = manifest.columns
-    return write_table(path, rows.to_table(columns, shard_metadata(manifest, index)), split_leaves(columns))
+    written = write_table(path, rows.to_table(columns, shard_metadata(manifest, index)), split_leaves(columns))
+    values = sum(max(len(ragged.values), len(rows)) for ragged in rows.lists.values()) + len(columns) * len(rows)
+    if _VALUE_BYTES * values > _allowed(written.bytes):
+        raise CacheError(
+            f"{path}: its {values:,} values take {written.bytes:,} bytes, and readers refuse what unpacks so far; choose "
+            f"fewer --shard-tokens, or set {SHARD_BYTES.variable} here and for every reader"
+        )
+    return written
+
+
+def _allowed(size: int) -> int:
+    """Bytes that the values of a file of `size` bytes may take in memory."""
+    return SHARD_BYTES.value + UNPACKED_PER_BYTE * size
 
 
 def split_leaves(columns: Sequence[schema.Column]) -> list[str]:
@@ -180,7 +192,7 @@ def read_checked(
     """
     values = dict.fromkeys(names, 0)
     size = source.seek(0, os.SEEK_END)
-    allowed = SHARD_BYTES.value + UNPACKED_PER_BYTE * size
+    allowed = _allowed(size)
     places = list(pages.extents(parquet.metadata, names))
     for name, extent in places:
         values[name] += extent.values

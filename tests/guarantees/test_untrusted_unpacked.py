@@ -16,7 +16,7 @@ import pytest
 
 from stages.parquet_files import parquet_rows, read_schema, write_columns
 from storage.cache import Cache
-from storage.errors import UserError
+from storage.errors import CacheError, UserError
 from storage.rows import Ragged, Rows
 from tests.storage.synthetic import make_manifest, write_cache
 
@@ -63,11 +63,14 @@ def constant_shard(tokens: int) -> Rows:
     return Rows(np.zeros(1, np.int64), lists)
 
 
-def bomb(path: Path, tokens: int) -> Path:
+def bomb(path: Path, tokens: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made by somebody who lifted the limit."""
+    monkeypatch.setenv("PIPELINE_SHARD_BYTES", str(1 << 40))
     manifest = make_manifest((tokens,), shard_tokens=tokens, max_length=tokens)
     cache = Cache.create_or_resume(str(path), manifest)
     cache.write_shard(0, constant_shard(tokens), None, 1.0)
     cache.seal("card")
+    monkeypatch.delenv("PIPELINE_SHARD_BYTES")
     return path
 
 
@@ -75,8 +78,8 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def test_a_small_cache_that_unpacks_far_is_refused(tmp_path: Path) -> None:
-    cache = bomb(tmp_path / "cache", 40_000_000)
+def test_a_small_cache_that_unpacks_far_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = bomb(tmp_path / "cache", 40_000_000, monkeypatch)
     assert size_of(cache) < MIB
     for name in ("verify", "inspect"):
         said, peak = command(name, cache)
@@ -84,11 +87,20 @@ def test_a_small_cache_that_unpacks_far_is_refused(tmp_path: Path) -> None:
         assert peak < 1000, peak
 
 
-def test_the_most_that_is_allowed_takes_bounded_memory(tmp_path: Path) -> None:
-    cache = bomb(tmp_path / "cache", 11_000_000)
+def test_the_most_that_is_allowed_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = bomb(tmp_path / "cache", 11_000_000, monkeypatch)
     said, peak = command("verify", cache)
     assert "PIPELINE_SHARD_BYTES" not in said and "sums of tail mass" not in said
     assert peak < 2000, peak
+
+
+def test_a_shard_that_no_reader_takes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_manifest((100_000,), shard_tokens=100_000, max_length=100_000)
+    cache = Cache.create_or_resume(str(tmp_path / "cache"), manifest)
+    monkeypatch.setenv("PIPELINE_SHARD_BYTES", "1000")
+    with pytest.raises(CacheError, match="readers refuse what unpacks so far; choose fewer --shard-tokens"):
+        cache.write_shard(0, constant_shard(100_000), None, 1.0)
+    assert not cache.receipt_path(0).exists()
 
 
 def test_a_plan_of_more_tokens_than_bytes_can_hold_is_refused(tmp_path: Path) -> None:
@@ -171,7 +183,7 @@ def test_a_small_parquet_corpus_that_unpacks_far_is_refused(make: object, mixed:
         "import os, resource, sys\n"
         "from pathlib import Path\n"
         "from stages.parquet_files import parquet_rows, read_schema, write_columns\n"
-        "from storage.errors import UserError\n"
+        "from storage.errors import CacheError, UserError\n"
         "path, target, mixed = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == 'True'\n"
         "try:\n"
         "    if mixed: sum(1 for _ in parquet_rows(path, lambda n: None))\n"
