@@ -58,8 +58,8 @@ def write_shard(path: Place, rows: Rows, manifest: Manifest, index: int) -> Writ
     values = sum(max(len(ragged.values), len(rows)) for ragged in rows.lists.values()) + len(columns) * len(rows)
     if _VALUE_BYTES * values > _allowed(written.bytes):
         raise CacheError(
-            f"{path}: its {values:,} values take {written.bytes:,} bytes, and readers refuse what unpacks so far; choose "
-            f"fewer --shard-tokens, or set {SHARD_BYTES.variable} here and for every reader"
+            f"{path}: its {values:,} values take {written.bytes:,} bytes, and readers refuse what unpacks so far; "
+            f"choose fewer --shard-tokens, or set {SHARD_BYTES.variable} here and for every reader"
         )
     return written
 
