@@ -12,13 +12,15 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from stages.parent_watch import end_fork_with_parent
 from stages.processes import deaf_children, hear_signals
 from storage.errors import UserError
 
@@ -51,9 +53,12 @@ def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = 
         return
     context: Any = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
+    parent = os.getpid()
     with deaf_children(context):
-        process = context.Process(target=_work, args=(work, theirs, memory, os.getpid()), daemon=True)
-        process.start()
+        # Not a Process, of which a daemon may have none.
+        child = os.fork()
+        if not child:
+            _work(work, theirs, memory, parent)
     theirs.close()
     until = None if seconds is None else time.monotonic() + seconds
     try:
@@ -63,9 +68,8 @@ def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = 
             try:
                 kind, value = json.loads(ours.recv_bytes(_MOST_SENT))
             except EOFError:
-                process.join()
-                # The kernel's killer of processes, or Arrow and Rust, which end where there is no memory.
-                raise LimitError(f"ends the process that works on it (exit {process.exitcode})") from None
+                # By the kernel's killer of processes, or by Arrow and Rust, which end where there is no memory.
+                raise LimitError("ends the process that works on it") from None
             except OSError:
                 raise LimitError(f"gives more than {_MOST_SENT:,} bytes at once") from None
             if kind == "done":
@@ -76,13 +80,24 @@ def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = 
                 raise UserError(value)
             yield value
     finally:
-        process.kill()
-        process.join()
-        process.close()
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
         ours.close()
 
 
-def _work(work: Callable[[Send], None], pipe: Connection, memory: int, parent: int) -> None:
+def _work(work: Callable[[Send], None], pipe: Connection, memory: int, parent: int) -> NoReturn:
+    """Do the work and end the process, whatever happens."""
+    try:
+        _send_all(work, pipe, memory, parent)
+    finally:
+        # Nothing of the parent's is to be put in order here.
+        os._exit(0)
+
+
+def _send_all(work: Callable[[Send], None], pipe: Connection, memory: int, parent: int) -> None:
+    end_fork_with_parent(parent)
     hear_signals()
     # What it may say of its own end is no message of ours.
     null = os.open(os.devnull, os.O_WRONLY)
@@ -109,8 +124,6 @@ def _work(work: Callable[[Send], None], pipe: Connection, memory: int, parent: i
     with suppress(OSError):
         pipe.send_bytes(answer)
     pipe.close()
-    # Nothing of the parent's is to be put in order here.
-    os._exit(0)
 
 
 def _text(kind: str, value: Any) -> bytes:

@@ -18,7 +18,6 @@ from stages.limited import LimitError, Send, items
 from stages.rows import JSON_COLUMN, first_line
 from storage.errors import UserError
 from storage.limits import CORPUS_MEMORY, ROW_BYTES
-from storage.pages import most_unpacked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -152,6 +151,8 @@ def _most_unpacked(path: Path) -> int:
     """Bytes that a file takes at most in memory; more than _SMALL where its pages do not tell."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from storage.pages import most_unpacked
 
     if path.stat().st_size > _SMALL:
         return _SMALL + 1
