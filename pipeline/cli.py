@@ -36,6 +36,8 @@ end_spawned_with_parent()
 
 DISTRIBUTION = "teacher-logit-cache"
 PROGRAM = "pipeline"
+# Characters of an error; commands to start a server, which some name, are shorter.
+_LONGEST_SENTENCE = 6000
 DEBUG_VARIABLE = "PIPELINE_DEBUG"
 # Where `config_file` leaves the path of the configuration file, for messages about values that came from it.
 CONFIG_META = "pipeline.config_file"
@@ -313,6 +315,9 @@ def _report(error: BaseException, debug: bool) -> int:
     else:
         sentence, code = f"internal: {type(error).__name__}: {error}", 1
         hint = None if debug else "run again with --debug for the traceback"
+    # Names and values of others may be of any length.
+    if len(sentence) > _LONGEST_SENTENCE:
+        sentence = f"{sentence[:_LONGEST_SENTENCE]}..."
     say(f"error: {printable(sentence)}", err=True)
     if hint:
         say(hint, err=True)

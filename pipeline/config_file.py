@@ -32,9 +32,20 @@ _NULL = "tag:yaml.org,2002:null"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose plain words are typed by the core schema of YAML 1.2."""
+    """Safe YAML whose plain words are typed by the core schema of YAML 1.2.
+
+    Without aliases: a few of them stand for more than a machine can hold.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{event.anchor} is not taken; write the value itself", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
 
 for _tag, _pattern, _first in (
@@ -255,7 +266,8 @@ def _texts(node: yaml.Node, param: click.Parameter, where: str) -> Any:
 
 
 def _text_or_texts(node: yaml.Node, nargs: int, where: str) -> str | list[str]:
-    if any("\0" in str(each.value) for each in (node.value if isinstance(node, yaml.SequenceNode) else [node])):
+    scalars = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if any(isinstance(each, yaml.ScalarNode) and "\0" in each.value for each in scalars):
         raise UserError(f"{where}: holds a null character, which no name can hold; remove it")
     if nargs == 1:
         if isinstance(node, yaml.ScalarNode):

@@ -12,12 +12,14 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import zstandard
 
 from storage.cache import (
     CARD,
     MANIFEST,
+    MOST_TOKENIZER_FILES,
     PARTIAL,
     PRIOR_RECEIPT,
     SHARDS,
@@ -55,6 +57,23 @@ class _Member(tarfile.TarInfo):
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.size > _MOST_HEADER:
             raise tarfile.ReadError(f"a header of {member.size} bytes")
         return member
+
+
+class _Bounded:
+    """An unpacked stream that refuses to give more than `room` bytes, headers of members among them."""
+
+    def __init__(self, stream: Any, room: int, file: Path) -> None:
+        self._stream, self._room, self._file = stream, room, file
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self._room -= len(data)
+        if self._room < 0:
+            raise CacheError(
+                f"{self._file}: unpacks to more than {MOST_TIMES} times its size, as no bundle of ours does; "
+                "nothing was unpacked"
+            )
+        return data
 
 
 def checksum_path(file: Path) -> Path:
@@ -123,7 +142,10 @@ def unbundle(file: Path, target: Path) -> Cache:
     try:
         try:
             _extract(file, temporary)
-        except (tarfile.TarError, zstandard.ZstdError, EOFError, UnicodeError) as error:
+        except CacheError:
+            raise
+        except (tarfile.TarError, zstandard.ZstdError, EOFError, ValueError, RecursionError, OverflowError) as error:
+            # tarfile lets through what odd headers make of numbers, texts and nesting.
             raise CacheError(f"{file}: damaged or no bundle ({str(error)[:120]})") from None
         try:
             cache = Cache.open(temporary)
@@ -134,7 +156,9 @@ def unbundle(file: Path, target: Path) -> Cache:
             for index in cache.shards_here:
                 cache.check_file(index)
         except CacheError as error:
-            raise CacheError(f"{file}: {str(error).replace(f'{temporary}{os.sep}', '')}") from None
+            raise CacheError(
+                f"{file}: {str(error).replace(f'{temporary}{os.sep}', '').replace(str(temporary), str(target))}"
+            ) from None
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -156,9 +180,12 @@ def _extract(file: Path, target: Path) -> None:
     with (
         open(file, "rb") as raw,
         zstandard.ZstdDecompressor().stream_reader(raw) as stream,
-        tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar,
+        tarfile.open(fileobj=_Bounded(stream, room, file), mode="r|", tarinfo=_Member) as tar,
     ):
+        tokenizer_files = 0
         for member in tar:
+            # tarfile keeps each, with its headers.
+            tar.members = []  # type: ignore[attr-defined]
             name = PurePosixPath(member.name)
             # A backslash or a colon separates on other systems.
             if name.is_absolute() or ".." in name.parts or not name.parts or set(member.name) & set("\\:\0"):
@@ -167,6 +194,11 @@ def _extract(file: Path, target: Path) -> None:
                 raise CacheError(f"{file}: member {member.name!r} is no plain file; nothing was unpacked")
             if not _MEMBER.fullmatch(name.as_posix()):
                 raise CacheError(f"{file}: member {member.name!r} is no file of a cache; nothing was unpacked")
+            tokenizer_files += name.parts[0] == TOKENIZER
+            if tokenizer_files > MOST_TOKENIZER_FILES:
+                raise CacheError(
+                    f"{file}: has more than {MOST_TOKENIZER_FILES} files of a tokenizer; nothing was unpacked"
+                )
             room -= member.size + tarfile.BLOCKSIZE
             if room < 0:
                 raise CacheError(

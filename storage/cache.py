@@ -67,8 +67,10 @@ SHARDS = "shards"
 # Each shard's summed tail; kept beside the shards so that a lost shard can be made again.
 TAIL_SUMS = "tail_sums"
 PARTIAL = "partial.json"
+# Fields of a tokenizer's configuration whose text is never opened.
+_NO_PATHS = {"name_or_path", "chat_template"}
 # Of a tokenizer: those of the Hub have a dozen.
-_MOST_TOKENIZER_FILES = 1000
+MOST_TOKENIZER_FILES = 1000
 # Bytes of a file of one float64 per vocabulary id, at most, and of one without any.
 _FLOATS, _FILE = 16, 1 << 20
 _MOST_SKETCH_BYTES = 4 << 30
@@ -294,8 +296,8 @@ class Cache:
         files: dict[str, bytes] = {}
         total, most = 0, TOKENIZER_BYTES.value
         for name, path in found:
-            if len(files) == _MOST_TOKENIZER_FILES:
-                raise CacheError(f"{folder}: has more than {_MOST_TOKENIZER_FILES} files, as no tokenizer has")
+            if len(files) == MOST_TOKENIZER_FILES:
+                raise CacheError(f"{folder}: has more than {MOST_TOKENIZER_FILES} files, as no tokenizer has")
             total += path.stat().st_size
             TOKENIZER_BYTES.check(folder, total, "a tokenizer")
             files[name] = path.read_at_most(most, "a tokenizer")
@@ -662,8 +664,8 @@ class Cache:
 def check_tokenizer_files(files: Mapping[str, bytes], where: str) -> None:
     """Raise CacheError for a tokenizer whose configuration names files that are not its own.
 
-    transformers loads what `vocab_file`, `tokenizer_file`, `fast_tokenizer_files` and their like name, wherever it is.
-    files: by their paths in the tokenizer's folder.
+    transformers loads what `vocab_file`, `fast_tokenizer_files`, `vocab`, `source_spm` and their like name, wherever it
+    is. files: by their paths in the tokenizer's folder.
     """
     for name in sorted(files):
         if not name.endswith(".json"):
@@ -675,13 +677,21 @@ def check_tokenizer_files(files: Mapping[str, bytes], where: str) -> None:
         if not isinstance(value, dict):
             continue
         for key, named in value.items():
-            if not (isinstance(key, str) and re.search(r"_files?$", key)):
-                continue
+            names_files = re.search(r"_files?$", key)
             for each in named if isinstance(named, list) else [named]:
-                if each is not None and not (isinstance(each, str) and each in files):
+                # Some classes take the contents or a name; and what a program takes for a path is one.
+                is_path = isinstance(each, str) and key not in _NO_PATHS and _names_a_file(key, each)
+                if ((each is not None and names_files) or is_path) and not (isinstance(each, str) and each in files):
                     raise CacheError(
                         f"{where}/{name}: {key} names a file that is not the tokenizer's own ({str(each)[:80]!r})"
                     )
+
+
+def _names_a_file(key: str, value: str) -> bool:
+    """Whether a value of a tokenizer's configuration is, or may be, the path of a file."""
+    if re.search(r"(^|_)(vocab|merges|spm|path)$", key):
+        return True
+    return 0 < len(value) < 4096 and "\0" not in value and os.path.isabs(value) and os.path.isfile(value)
 
 
 @functools.cache
@@ -705,7 +715,7 @@ def _positions(stored: int) -> dict[bytes, bytes]:
 
 def _remote_files(folder: RemotePath, depth: int = 4) -> Iterator[tuple[str, RemotePath]]:
     """Files below a remote folder, by their paths in it; names that could lead out of a folder are passed over."""
-    for path in itertools.islice(folder.iterdir(), _MOST_TOKENIZER_FILES + 1):
+    for path in itertools.islice(folder.iterdir(), MOST_TOKENIZER_FILES + 1):
         if set(path.name) & set("/\\:\0"):
             continue
         try:

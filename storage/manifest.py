@@ -305,7 +305,7 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
     version = raw.get("format_version", schema.FORMAT_VERSION)
     if isinstance(version, int) and version > schema.FORMAT_VERSION:
         raise CacheError(
-            f"{path}: format version {version} is newer than the {schema.FORMAT_VERSION} this program reads; "
+            f"{path}: format version {str(version)[:20]} is newer than the {schema.FORMAT_VERSION} this program reads; "
             "upgrade teacher-logit-cache"
         )
     try:
@@ -313,8 +313,8 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
         return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise CacheError(f"{path}: the {what} is damaged at {where}: {first['msg']}") from None
+        where = ".".join(str(part)[:60] for part in first["loc"][:8]) or "the whole"
+        raise CacheError(f"{path}: the {what} is damaged at {where}: {first['msg'][:200]}") from None
 
 
 def _json_bytes(path: Place, what: str) -> bytes:

@@ -208,6 +208,13 @@ def test_the_directory_itself_may_be_a_link(cache_path: Path, tmp_path: Path, pi
     [
         ("fast_tokenizer_files", ["../../elsewhere/tokenizer.5.0.0.json"]),
         ("fast_tokenizer_files", ["tokenizer.0.0.1.json"]),
+        ("vocab", "/nowhere/vocab.json"),
+        ("merges", "merges.of.somebody.txt"),
+        ("source_spm", "../x.model"),
+        ("target_spm", "/nowhere/x.model"),
+        ("model_path", "x"),
+        ("anything", __file__),
+        ("several", ["a", __file__]),
         ("vocab_file", "{elsewhere}/tokenizer.json"),
         ("tokenizer_file", "{elsewhere}/tokenizer.json"),
         ("merges_file", "../../../etc/hosts"),

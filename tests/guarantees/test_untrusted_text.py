@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from stages.summary import summarize
 from storage.cache import Cache
 from storage.redact import without_secrets
 from tests.conftest import Tiny
+from tests.storage.synthetic import make_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u200b\u2066\udc80\r\b"
@@ -228,3 +230,28 @@ def test_a_checkpoint_that_was_tampered_with_runs_nothing(
     assert ended.code == 1, ended.err
     assert "internal" not in ended.err and "weights_only" not in ended.err and "Traceback" not in ended.err
     assert f"{last.name}: cannot be loaded" in ended.err
+
+
+def test_a_configuration_that_grows_without_end_is_refused(tmp_path: Path, pipeline: Callable[..., Any]) -> None:
+    """Ten aliases of ten aliases of ten: a kilobyte that stands for gigabytes."""
+    names = "abcdefghij"
+    values = ["&a [x, x]", *(f"&{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in itertools.pairwise(names))]
+    path = tmp_path / "run.yaml"
+    path.write_text(f"dataset: [{', '.join(values)}]\n")
+    ended = pipeline("cache-teacher", "--config", path)
+    assert ended.code == 2 and "the alias *a is not taken; write the value itself" in ended.err, ended.err
+    # A value of a wrong kind is named, not shown.
+    path.write_text("dataset: [[[x]], y]\n")
+    assert "takes one value, found a sequence" in pipeline("cache-teacher", "--config", path).err
+
+
+def test_a_name_of_any_length_is_cut(tmp_path: Path, pipeline: Callable[..., Any]) -> None:
+    manifest = make_manifest().model_dump(mode="json")
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "k" * 100_000: 1}))
+    ended = pipeline("verify", tmp_path)
+    assert ended.code and len(ended.err) < 1000, len(ended.err)
+    text = json.dumps(manifest).replace('"format_version": 1', f'"format_version": {"9" * 4000}')
+    (tmp_path / "manifest.json").write_text(text)
+    ended = pipeline("verify", tmp_path)
+    assert "is newer than" in ended.err and len(ended.err) < 1000, len(ended.err)
+    assert len(pipeline("verify", "x" * 3_000_000).err) < 7000
