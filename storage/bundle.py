@@ -42,6 +42,8 @@ MOST_TIMES = 64
 MOST_BESIDES = 64 << 20
 # Bytes of the headers that name one member; tarfile reads them at once.
 _MOST_HEADER = 1 << 16
+# Characters of a member's name.
+_LONGEST_NAME = 200
 _MEMBER = re.compile(
     "|".join(re.escape(name) for name in (MANIFEST, PARTIAL, SKETCH, TAIL_PRIOR, PRIOR_RECEIPT, CARD))
     + rf"|{TOKENIZER}/.+|{SHARDS}/part-\d+\.(parquet|json)|{TAIL_SUMS}/part-\d+\.parquet"
@@ -192,8 +194,8 @@ def _extract(file: Path, target: Path) -> None:
                 raise CacheError(f"{file}: member {member.name!r} leaves the directory; nothing was unpacked")
             if not member.isreg() or member.issparse():
                 raise CacheError(f"{file}: member {member.name!r} is no plain file; nothing was unpacked")
-            if not _MEMBER.fullmatch(name.as_posix()):
-                raise CacheError(f"{file}: member {member.name!r} is no file of a cache; nothing was unpacked")
+            if len(member.name) > _LONGEST_NAME or not _MEMBER.fullmatch(name.as_posix()):
+                raise CacheError(f"{file}: member {member.name[:100]!r} is no file of a cache; nothing was unpacked")
             tokenizer_files += name.parts[0] == TOKENIZER
             if tokenizer_files > MOST_TOKENIZER_FILES:
                 raise CacheError(
