@@ -1,9 +1,8 @@
-"""Bundles of somebody else: odd headers end in a sentence, and no small file keeps a machine busy."""
+"""Bundles of somebody else: odd headers end in a sentence."""
 
 from __future__ import annotations
 
 import tarfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -83,29 +82,3 @@ def test_odd_headers_end_in_a_sentence(kind: str, tmp_path: Path) -> None:
     said = str(caught.value)
     assert said.startswith(str(file)) and "\n" not in said and ".tmp-" not in said, said
     assert list(tmp_path.iterdir()) == [file]
-
-
-MANY = {
-    "headers": lambda: (pax(record("comment", "0" * 60_000)) * 500 for _ in range(40)),
-    "files": lambda: (header(f"tokenizer/{number}") for number in range(120_000)),
-    "copies": lambda: [
-        pax(b"".join(record(f"k{number}", "v") for number in range(4500)), tarfile.XGLTYPE),
-        *(header(f"tokenizer/{number}") for number in range(20_000)),
-    ],
-}
-
-
-@pytest.mark.parametrize("kind", MANY)
-def test_a_small_bundle_takes_little_time(kind: str, tmp_path: Path) -> None:
-    def pieces() -> Iterable[bytes]:
-        yield manifest()
-        yield from MANY[kind]()
-        yield END
-
-    file = packed(tmp_path / "a.tar.zst", pieces())
-    assert file.stat().st_size < 8 << 20
-    begin = time.monotonic()
-    with pytest.raises(CacheError, match=r"unpacks to more than 64 times|more than 1000 files of a tokenizer"):
-        unbundle(file, tmp_path / "cache")
-    # Minutes without a limit.
-    assert time.monotonic() - begin < 30
