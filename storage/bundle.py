@@ -6,6 +6,7 @@ give equal bundles. Its checksum lies beside it in the form that `sha256sum --ch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -179,15 +180,17 @@ def _check_sum(file: Path) -> None:
 
 def _extract(file: Path, target: Path) -> None:
     room = MOST_TIMES * file.stat().st_size + MOST_BESIDES
+    bounded: Any
     with (
         open(file, "rb") as raw,
         zstandard.ZstdDecompressor().stream_reader(raw) as stream,
-        tarfile.open(fileobj=_Bounded(stream, room, file), mode="r|", tarinfo=_Member) as tar,
+        contextlib.nullcontext(_Bounded(stream, room, file)) as bounded,
+        tarfile.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar,
     ):
         tokenizer_files = 0
         for member in tar:
             # tarfile keeps each, with its headers.
-            tar.members = []  # type: ignore[attr-defined]
+            tar.members = []
             name = PurePosixPath(member.name)
             # A backslash or a colon separates on other systems.
             if name.is_absolute() or ".." in name.parts or not name.parts or set(member.name) & set("\\:\0"):
