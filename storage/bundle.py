@@ -190,7 +190,7 @@ def _extract(file: Path, target: Path) -> None:
         tokenizer_files = 0
         for member in tar:
             # tarfile keeps each, with its headers.
-            tar.members = []
+            tar.members = []  # type: ignore[attr-defined]
             name = PurePosixPath(member.name)
             # A backslash or a colon separates on other systems.
             if name.is_absolute() or ".." in name.parts or not name.parts or set(member.name) & set("\\:\0"):
