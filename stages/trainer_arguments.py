@@ -59,6 +59,9 @@ REFUSED = {
     "hub_private_repo": _HUB,
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
+    "trackio_space_id": _HUB,
+    "trackio_bucket_id": _HUB,
+    "trackio_static_space_id": _HUB,
 }
 # Fields without influence on the weights, which may differ when a run is resumed.
 MAY_CHANGE = frozenset(

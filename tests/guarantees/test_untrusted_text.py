@@ -174,7 +174,13 @@ def test_a_configuration_runs_no_code(key: str, command: str, tmp_path: Path, pi
     assert "runs Python code that comes with a model, so it is taken on the command line alone" in ended.err
 
 
-@pytest.mark.parametrize("field", ["push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "output_dir"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "output_dir", "trackio_space_id",
+        "trackio_bucket_id", "trackio_static_space_id",
+    ],
+)  # fmt: skip
 def test_a_configuration_sends_nothing_away(
     field: str, tiny: Tiny, cache_path: Path, tmp_path: Path, pipeline: Callable[..., Any]
 ) -> None:
