@@ -14,8 +14,9 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from storage.errors import RunError, UserError
@@ -27,6 +28,11 @@ KEY_VARIABLE = "PIPELINE_SERVER_KEY"
 # Worth another try: the server is busy, restarting, or behind a proxy that is.
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 30.0  # seconds between two tries
+# Bytes of what a server says of itself, and of an error.
+_SHORT = 1 << 20
+# Bytes of an answer that many may have at a time. Longer ones come and are used one after another.
+_LARGE = 16 << 20
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class HttpClient:
         self.port = None if self._secure else parts.port
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
+        self._tls = ssl.create_default_context()
         self._headers = {"Content-Type": "application/json", "Accept": "*/*"}
         self._has_key = bool(api_key)
         if api_key:
@@ -62,6 +69,7 @@ class HttpClient:
         self.patience = patience
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._one_large = threading.Lock()
         self._open: set[http.client.HTTPConnection] = set()
 
     def once(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
@@ -75,7 +83,8 @@ class HttpClient:
         timeout = self.patience.connect_timeout if method == "GET" else self.patience.timeout
         for attempt in range(3):
             try:
-                status, answer, headers = self._exchange(method, path, body, timeout)
+                with contextlib.ExitStack() as held:
+                    status, answer, headers = self._exchange(method, path, body, timeout, held)
             except TimeoutError:
                 raise UserError(
                     f"{self.url}{path}: no answer within {timeout:g} s; is it up, and is this a vLLM server?"
@@ -104,22 +113,30 @@ class HttpClient:
             return "is it an http:// address?"
         return "start it, or correct --server-url"
 
-    def patiently(self, path: str, body: dict[str, Any], stop: threading.Event) -> bytes:
-        """The body of a successful POST. Raises RunError after the last attempt, UserError for a refusal."""
+    def patiently(
+        self, path: str, body: dict[str, Any], stop: threading.Event, use: Callable[[bytes], _T] = lambda answer: answer
+    ) -> _T:
+        """Return what `use` makes of the body of a successful POST; of large ones, one at a time.
+
+        Raises RunError after the last attempt, UserError for a refusal, and what `use` raises.
+        """
         trouble = ""
         for attempt in range(self.patience.attempts):
             if stop.is_set():
                 raise RunError("stopped")
             retry_after = 0.0
-            try:
-                status, answer, headers = self._exchange("POST", path, body, self.patience.timeout)
-            except TimeoutError:
-                trouble = f"no answer within {self.patience.timeout:g} s, which {ANSWER_SECONDS.variable} sets"
-            except (OSError, http.client.HTTPException) as error:
-                trouble = _cause(error)
-            else:
+            with contextlib.ExitStack() as held:
+                try:
+                    status, answer, headers = self._exchange("POST", path, body, self.patience.timeout, held)
+                except TimeoutError:
+                    status, answer = 0, b""
+                    trouble = f"no answer within {self.patience.timeout:g} s, which {ANSWER_SECONDS.variable} sets"
+                except (OSError, http.client.HTTPException) as error:
+                    status, answer = 0, b""
+                    trouble = _cause(error)
                 if status == 200:
-                    return answer
+                    return use(answer)
+            if status:
                 if status in (401, 403):
                     raise UserError(f"{self.url}{path}: {self._refused(status)}")
                 trouble = f"{status} {message_of(answer)}".strip()
@@ -136,10 +153,12 @@ class HttpClient:
         )
 
     def _exchange(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout: float
+        self, method: str, path: str, body: dict[str, Any] | None, timeout: float, held: contextlib.ExitStack
     ) -> tuple[int, bytes, http.client.HTTPMessage]:
+        """Status, answer and headers. While `held` is open, no other large answer is read."""
         connection = self._connection(timeout)
         # One deadline for all of it: a socket's own is for each piece that comes, and a server may drip.
+        until = time.monotonic() + timeout
         ended = threading.Event()
         # Its own, for a connection lets go of one that is to be closed after the answer, which is then still read.
         sockets: list[socket.socket] = []
@@ -149,14 +168,24 @@ class HttpClient:
         try:
             payload = None if body is None else json.dumps(body, separators=(",", ":")).encode()
             if connection.sock is None:
-                connection.connect()
-            sockets.append(connection.sock)
-            connection.request(method, self._prefix + path, payload, self._headers)
-            response = connection.getresponse()
-            answer = response.read(self.patience.most_bytes + 1)
+                self._connect(connection, until, sockets)
+            else:
+                sockets.append(connection.sock)
             if ended.is_set():
                 raise TimeoutError
-            if response.length and len(answer) <= self.patience.most_bytes:
+            connection.request(method, self._prefix + path, payload, self._headers)
+            response = connection.getresponse()
+            short = method == "GET" or response.status != 200
+            most = min(_SHORT, self.patience.most_bytes) if short else self.patience.most_bytes
+            answer = response.read(min(most, _LARGE) + 1)
+            if len(answer) > _LARGE:
+                if not self._one_large.acquire(timeout=max(0.0, until - time.monotonic())):
+                    raise TimeoutError
+                held.callback(self._one_large.release)
+                answer += response.read(most + 1 - len(answer))
+            if ended.is_set():
+                raise TimeoutError
+            if response.length and len(answer) <= most:
                 # Read in one piece, it would have said so itself.
                 raise http.client.IncompleteRead(answer, response.length)
         except BaseException as error:
@@ -166,15 +195,45 @@ class HttpClient:
             raise
         finally:
             clock.cancel()
-        if len(answer) > self.patience.most_bytes:
+        if len(answer) > most:
             self._drop(connection)
+            if response.status != 200:
+                return response.status, answer[:most], response.headers
+            advice = f"; give fewer --top-n or shorter sequences, or set {ANSWER_BYTES.variable}"
             raise UserError(
-                f"{self.url}{path}: answers with more than {self.patience.most_bytes:,} bytes, the most that is read "
-                f"of one answer; give fewer --top-n or shorter sequences, or set {ANSWER_BYTES.variable}"
+                f"{self.url}{path}: answers with more than {most:,} bytes, the most that is read of one answer"
+                f"{'; is this a vLLM server?' if short else advice}"
             )
         if response.will_close:
             self._drop(connection)
         return response.status, answer, response.headers
+
+    def _connect(self, connection: http.client.HTTPConnection, until: float, sockets: list[socket.socket]) -> None:
+        """Connect, each step within what is left of the deadline; `sockets` gets what may be waited for."""
+        port = self._port or connection.default_port
+        error: OSError = TimeoutError()
+        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, port, type=socket.SOCK_STREAM):
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(left)
+                sock.connect(address)
+            except OSError as each:
+                error = each
+                sock.close()
+                continue
+            sockets.append(sock)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if isinstance(connection, http.client.HTTPSConnection):
+                secure = self._tls.wrap_socket(sock, server_hostname=self._host, do_handshake_on_connect=False)
+                sockets[:] = [secure]
+                secure.do_handshake()
+                sock = secure
+            connection.sock = sock
+            return
+        raise error
 
     def _connection(self, timeout: float) -> http.client.HTTPConnection:
         connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
@@ -219,7 +278,7 @@ def _split(url: str) -> SplitResult:
     """The parts of a server's address. Raises UserError, which never repeats a password."""
     try:
         parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.username is not None or parts.password is not None:
+        if "@" in url:
             raise UserError(f"--server-url: no name and password in it; a key goes into {KEY_VARIABLE}")
         sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         # A name that no resolver can be asked for.
@@ -227,24 +286,26 @@ def _split(url: str) -> SplitResult:
     except ValueError:
         sound = False
     if not sound:
-        raise UserError(f"--server-url {url}: expected http://host:port")
+        # Not repeated: nothing tells where a secret begins in what is no address.
+        raise UserError("--server-url: expected http://host:port")
     if parts.query or parts.fragment:
-        raise UserError(f"--server-url {url}: expected http://host:port, without ? and #")
+        raise UserError("--server-url: expected http://host:port, without ? and #")
     return parts
 
 
 def message_of(body: bytes) -> str:
     """Return the text of an error answer, in one short line."""
-    text = body.decode("utf-8", "replace")
+    text = body[:_SHORT].decode("utf-8", "replace")
     try:
         answer = json.loads(text)
         answer = answer.get("error", answer) if isinstance(answer, dict) else answer
-        text = str(answer.get("message", answer.get("detail", text)) if isinstance(answer, dict) else answer)
+        said = answer.get("message", answer.get("detail", text)) if isinstance(answer, dict) else answer
+        text = said if isinstance(said, str) else json.dumps(said)
     except (ValueError, RecursionError):
         pass
-    return " ".join(text.split())[:300]
+    return without_secrets(" ".join(text[:4000].split()))[:300]
 
 
 def _cause(error: BaseException) -> str:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(reason).split())[:200]
+    return without_secrets(" ".join(str(reason).split()))[:200]

@@ -31,9 +31,14 @@ class Serving:
     trust_remote_code: bool = False
 
     def as_served(self, root: object, name: str) -> Serving:
-        """The same, as a server that runs already knows it."""
-        model = root if isinstance(root, str) and root else self.model
-        return replace(self, model=model, name=name if name != model else None)
+        """The same, as a server that runs already knows it: by a directory of its machine, and by a name.
+
+        Both are the server's word. So a directory counts only where it is called as the model is, and no word may be
+        taken for an option.
+        """
+        called = isinstance(root, str) and root.startswith("/") and self.is_called(root)
+        model = str(root) if called else self.model
+        return replace(self, model=model, name=None if name == model or name.startswith("-") else name)
 
     def is_called(self, name: object) -> bool:
         """Tell whether this is what a server calls by `name`: the last part of either counts."""

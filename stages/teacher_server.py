@@ -303,17 +303,20 @@ class ServerTeacher(Teacher):
     def _score_one(self, sequence: TokenSequence, stop: threading.Event) -> ScoredSequence:
         ids = sequence.input_ids.tolist()
         if self.uses_pooler:
-            body = self._http.patiently("/pooling", self._pooling_body(ids), stop)
             try:
-                packed = _unpack(body)
+                packed = self._http.patiently("/pooling", self._pooling_body(ids), stop, _unpack)
             except ValueError as error:
                 raise RunError(f"{self._http.url}: {error} (sequence {sequence.sequence_id})") from None
             if packed.vocabulary_size != self.vocabulary_size or packed.options.top_n != self.options.top_n:
                 raise RunError(f"{self._http.url}: changed its model or options while it was asked")
             return scored_from_packed(sequence, packed)
-        body = self._http.patiently("/v1/completions", self._completion_body(ids), stop)
         try:
-            return scored_from_json(sequence, body, self.options, self.vocabulary_size)
+            return self._http.patiently(
+                "/v1/completions",
+                self._completion_body(ids),
+                stop,
+                lambda body: scored_from_json(sequence, body, self.options, self.vocabulary_size),
+            )
         except ValueError as error:
             raise RunError(f"{self._http.url}: sequence {sequence.sequence_id}: {error}") from None
 

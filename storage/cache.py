@@ -18,11 +18,11 @@ import atexit
 import functools
 import hashlib
 import io
-import itertools
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -35,10 +35,10 @@ import pyarrow.parquet as pq
 from storage import copies
 from storage import shard as shard_file
 from storage.contained import ContainedPath
-from storage.errors import CacheError
+from storage.errors import CacheError, RunError
 from storage.files import remove_temporaries, sha256_file, sync_directory, temporary_for, write_bytes
 from storage.json_text import parse_json
-from storage.limits import COPIES_BYTES, SHARD_BYTES, TOKENIZER_BYTES, UNPACKED_PER_BYTE
+from storage.limits import COPIES_BYTES, SHARD_BYTES, STORE_SECONDS, TOKENIZER_BYTES, UNPACKED_PER_BYTE
 from storage.manifest import (
     Manifest,
     Part,
@@ -71,6 +71,7 @@ PARTIAL = "partial.json"
 _NO_PATHS = {"name_or_path", "chat_template"}
 # Of a tokenizer: those of the Hub have a dozen.
 MOST_TOKENIZER_FILES = 1000
+_DEEPEST_TOKENIZER = 4
 # Bytes of a file of one float64 per vocabulary id, at most, and of one without any.
 _FLOATS, _FILE = 16, 1 << 20
 _MOST_SKETCH_BYTES = 4 << 30
@@ -713,19 +714,37 @@ def _positions(stored: int) -> dict[bytes, bytes]:
     return {_POSITIONS: str(stored).encode()}
 
 
-def _remote_files(folder: RemotePath, depth: int = 4) -> Iterator[tuple[str, RemotePath]]:
-    """Files below a remote folder, by their paths in it; names that could lead out of a folder are passed over."""
-    for path in itertools.islice(folder.iterdir(), MOST_TOKENIZER_FILES + 1):
-        if set(path.name) & set("/\\:\0"):
-            continue
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            size = 0
-        if size:
-            yield path.name, path
-        elif depth:
-            yield from ((f"{path.name}/{name}", below) for name, below in _remote_files(path, depth - 1))
+def _remote_files(root: RemotePath) -> list[tuple[str, RemotePath]]:
+    """Return the files below a remote folder, by their paths in it; names that could lead out of it are passed over.
+
+    Raises CacheError for more entries than a tokenizer has, folders and empty files among them, and RunError where
+    their names and sizes are not told in time.
+    """
+    until = time.monotonic() + STORE_SECONDS.value
+    found: list[tuple[str, RemotePath]] = []
+    folders = [("", root, 0)]
+    entries = 0
+    while folders:
+        prefix, folder, depth = folders.pop()
+        for path in folder.iterdir():
+            entries += 1
+            if entries > MOST_TOKENIZER_FILES:
+                raise CacheError(f"{root}: has more than {MOST_TOKENIZER_FILES} files, as no tokenizer has")
+            if time.monotonic() > until:
+                raise RunError(
+                    f"{root}: its files are not listed within {STORE_SECONDS.value} s; {STORE_SECONDS.advice}"
+                )
+            if set(path.name) & set("/\\:\0"):
+                continue
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                size = 0
+            if size:
+                found.append((prefix + path.name, path))
+            elif depth < _DEEPEST_TOKENIZER:
+                folders.append((f"{prefix}{path.name}/", path, depth + 1))
+    return found
 
 
 def _folder(target: Path, fill: Callable[[Path], object]) -> None:

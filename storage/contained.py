@@ -24,6 +24,8 @@ from storage.errors import CacheError
 # Windows has neither; there each level is looked at before it is used.
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
+# Folders in folders; those of a cache are two.
+_DEEPEST = 32
 _HAS_FOLDERS = os.open in os.supports_dir_fd and bool(_NO_LINK)
 
 
@@ -108,11 +110,16 @@ class ContainedPath(type(Path())):  # type: ignore[misc]
         except (FileNotFoundError, NotADirectoryError):
             return iter(())
 
-    def files(self) -> Iterator[ContainedPath]:
-        """Every file below this folder, whatever its kind, in the order of their paths."""
+    def files(self, depth: int = _DEEPEST) -> Iterator[ContainedPath]:
+        """Every file below this folder, whatever its kind, in the order of their paths.
+
+        Raises CacheError for folders in folders, more than `depth` of them.
+        """
         for path in sorted(self.iterdir()):
             if stat.S_ISDIR(path.stat().st_mode):
-                yield from path.files()
+                if not depth:
+                    raise CacheError(f"{path}: lies deeper than any folder of a cache")
+                yield from path.files(depth - 1)
             else:
                 yield path
 

@@ -25,8 +25,9 @@ class Limit:
     def value(self) -> int:
         """Return the number that holds. Raise UserError for a variable that is no number above 0."""
         text = os.environ.get(self.variable) or str(self.default)
-        # Longer ones overflow what they are compared with.
-        if not (text.isascii() and text.isdecimal() and int(text[:19]) and len(text) < 19):
+        # Longer ones overflow what they are compared with: sizes of C, and clocks.
+        longest = 18 if self.unit == "bytes" else 8
+        if not (text.isascii() and text.isdecimal() and len(text) <= longest and int(text)):
             raise UserError(f"{self.variable}={text[:40]}: wants a number of {self.unit}, as in {self.default}")
         return int(text)
 
@@ -62,10 +63,10 @@ TOKENIZER_SECONDS = Limit(
 )
 TOKENIZER_MEMORY = Limit("PIPELINE_TOKENIZER_MEMORY", 8 << 30, "bytes", "the memory of that")
 STORE_SECONDS = Limit("PIPELINE_STORE_SECONDS", 120, "seconds", "one request to a store, but an upload")
-LISTING_BYTES = Limit("PIPELINE_LISTING_BYTES", 256 << 20, "bytes", "a store's list of the files of a folder")
+LISTING_BYTES = Limit("PIPELINE_LISTING_BYTES", 64 << 20, "bytes", "a store's list of the files of a folder")
 COPIES_BYTES = Limit("PIPELINE_COPIES_BYTES", 20 << 30, "bytes", "the local copies of remote shards, all together")
 ANSWER_SECONDS = Limit("PIPELINE_ANSWER_SECONDS", 600, "seconds", "one answer of a server")
-ANSWER_BYTES = Limit("PIPELINE_ANSWER_BYTES", 1 << 30, "bytes", "one answer of a server")
+ANSWER_BYTES = Limit("PIPELINE_ANSWER_BYTES", 256 << 20, "bytes", "one answer of a server")
 SHOWN = Limit("PIPELINE_SHOWN", 100, "lines", "the problems that `verify` shows; the others are counted")
 
 LIMITS = (

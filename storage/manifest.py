@@ -305,7 +305,7 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
     version = raw.get("format_version", schema.FORMAT_VERSION)
     if isinstance(version, int) and version > schema.FORMAT_VERSION:
         raise CacheError(
-            f"{path}: format version {str(version)[:20]} is newer than the {schema.FORMAT_VERSION} this program reads; "
+            f"{path}: format version {str(version)[:40]} is newer than the {schema.FORMAT_VERSION} this program reads; "
             "upgrade teacher-logit-cache"
         )
     try:

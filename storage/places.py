@@ -11,6 +11,7 @@ import errno
 import fnmatch
 import io
 import os
+import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -74,11 +75,21 @@ class RemotePath:
         """Object stores have no folders."""
 
     def exists(self) -> bool:
-        return bool(self._tried("exists"))
+        if not self._is_web():
+            return bool(self._tried("exists"))
+        # The file system of the web takes any trouble for absence there.
+        try:
+            self._tried("info")
+        except FileNotFoundError:
+            return False
+        return True
 
     def stat(self) -> os.stat_result:
         """Only the size is meaningful."""
-        size = self._tried("info").get("size") or 0
+        found = self._tried("info")
+        size = 0 if found.get("type") == "directory" else found.get("size")
+        if size is None:
+            raise RunError(f"{self.url}: the store does not say how long this file is")
         if not isinstance(size, int) or size < 0:
             raise RunError(f"{self.url}: the store says a size that is none ({str(size)[:40]})")
         return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, 0, 0))
@@ -177,16 +188,25 @@ class RemotePath:
                 answer = ask(system, method, *args, path, seconds=seconds, most=most, **named)
                 check(answer)
                 return answer
-            except (UserError, FileNotFoundError, FileExistsError):
+            except (UserError, FileExistsError):
                 raise
             except Exception as error:  # every file system has exceptions of its own
-                too_much = _caused_by(error, TooMuchError)
-                final = too_much or isinstance(error, _FINAL) or "Credentials" in type(error).__name__
+                if isinstance(error, FileNotFoundError) and not (self._is_web() and _is_trouble(error)):
+                    raise
+                final = (
+                    _caused_by(error, (TooMuchError, ssl.SSLCertVerificationError))
+                    or isinstance(error, _FINAL)
+                    or "Credentials" in type(error).__name__
+                    or _refuses(_status_of(error))
+                )
                 if final or attempt == TRIES - 1:
                     raise RunError(f"{self.url}: {_said(error, method, seconds, final)}") from error
             system.invalidate_cache()
             time.sleep(FIRST_PAUSE * 2**attempt)
         raise AssertionError("unreachable: the last try returns or raises")
+
+    def _is_web(self) -> bool:
+        return self.url.partition("://")[0] in ("http", "https")
 
     def _system(self) -> tuple[AbstractFileSystem, str]:
         """The file system, one per process and thread (fsspec keeps them), and the path in its own form."""
@@ -194,7 +214,7 @@ class RemotePath:
 
         scheme = self.url.partition("://")[0]
         options: dict[str, Any] = {"use_listings_cache": False}
-        if scheme == "https":
+        if self._is_web():
             options["get_client"] = http_client
         if scheme in ("s3", "s3a"):
             # Without these the tries of three layers multiply, and a dead host is waited for minutes.
@@ -309,19 +329,53 @@ def _said(error: Exception, method: str, seconds: float, final: bool) -> str:
     return f"{_cause(error)}{tries}"
 
 
-def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Whether it is one, or was raised because of one: file systems wrap what their connection raises."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised because of: file systems wrap what their connection raises."""
     for _ in range(10):
-        if error is None or isinstance(error, kind):
+        if error is None:
             break
+        yield error
         error = getattr(error, "kwargs", {}).get("error") or error.__cause__ or error.__context__
-    return isinstance(error, kind)
+
+
+def _caused_by(error: BaseException, kinds: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
+    return any(isinstance(each, kinds) for each in _causes(error))
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The status of HTTP that a web server answered with; None where it did not."""
+    found = (getattr(each, "status", None) for each in _causes(error))
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def _is_trouble(error: FileNotFoundError) -> bool:
+    """Whether a file of the web that is "not found" is kept from us: by its server, or by the way there."""
+    if error.__cause__ is None:
+        return False
+    return _status_of(error) not in (404, 410)
+
+
+def _refuses(status: int | None) -> bool:
+    """Whether a status says that another try changes nothing."""
+    return status is not None and 400 <= status < 500 and status not in (408, 425, 429)
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _status_of(error) in (401, 403):
         return "access denied; check the credentials and the bucket's policy"
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if _caused_by(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({without_secrets(_one_line(error))[:160]})"
+    if (status := _status_of(error)) is not None:
+        # Of a chain without end aiohttp gives no status.
+        return f"it answers {status}" if status else "it sends on and on to other addresses"
+    if isinstance(error, (KeyError, AttributeError, TypeError, IndexError)) or "Parser" in type(error).__name__:
+        return f"the store's answer is not one of its protocol ({without_secrets(_one_line(error))[:80]})"
     if "Credentials" in type(error).__name__:
         return "no credentials found; set those of the store (for s3:// e.g. AWS_ACCESS_KEY_ID, AWS_PROFILE)"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return without_secrets(text)[:200]
+    return without_secrets(_one_line(error))[:200]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -15,6 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+# Seconds that what is stopped has to end in.
+_GRACE = 2.0
+# Bytes of one answer: more than any page of a list and any range that is asked for. It is parsed between two looks at
+# the clock.
+_MOST_AT_ONCE = 10 << 20
 # Bytes that the request of this task may still receive, as a list of one.
 _ALLOWANCE: ContextVar[list[int] | None] = ContextVar("allowance", default=None)
 
@@ -42,20 +47,29 @@ def ask(system: AbstractFileSystem, method: str, *args: Any, seconds: float, mos
         _ALLOWANCE.set([most])
         return await getattr(system, f"_{method}")(*args, **named)
 
+    ended = threading.Event()
+
     async def timed() -> Any:
         # A task of its own: what the method itself raises on a timeout of its own is not our deadline's.
         task = asyncio.ensure_future(bounded())
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if done:
-            return task.result()
-        task.cancel()
-        raise TooLateError
+        try:
+            done, _ = await asyncio.wait({task}, timeout=seconds)
+            if done:
+                return task.result()
+            raise TooLateError
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=_GRACE)
+            ended.set()
 
     future = asyncio.run_coroutine_threadsafe(timed(), system.loop)
     try:
         return future.result()
     except BaseException:
-        future.cancel()
+        # A program that ends meanwhile would show a traceback of it.
+        if future.cancel():
+            ended.wait(_GRACE)
         raise
 
 
@@ -83,7 +97,7 @@ class _CountedStream:
     """The body of an answer, whose bytes count against the allowance of its request."""
 
     def __init__(self, stream: Any, allowance: list[int]) -> None:
-        self._stream, self._allowance = stream, allowance
+        self._stream, self._allowance, self._room = stream, allowance, _MOST_AT_ONCE
 
     async def read(self, n: int = -1) -> bytes:
         if n >= 0:
@@ -95,7 +109,8 @@ class _CountedStream:
 
     def _counted(self, data: bytes) -> bytes:
         self._allowance[0] -= len(data)
-        if self._allowance[0] < 0:
+        self._room -= len(data)
+        if self._allowance[0] < 0 or self._room < 0:
             raise TooMuchError("sends more than was asked for")
         return data
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
 
 from stages.http_client import HttpClient, Patience
+from stages.serve_command import Serving
 from storage.errors import RunError, UserError
 
 SECONDS = 1.0
@@ -130,3 +133,91 @@ def test_a_redirection_shows_no_signature() -> None:
     with serving(lambda peer: peer.sendall(where)) as url, pytest.raises(UserError, match="sends on to") as raised:
         HttpClient(url, None, Patience()).once("GET", "/v1/models")
     assert "hunter2" not in str(raised.value) and "0badc0de" not in str(raised.value)
+
+
+def test_a_connection_that_takes_the_whole_deadline_is_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(self: socket.socket, address: object) -> None:
+        time.sleep(SECONDS + 0.3)
+        connect(self, address)
+
+    connect = socket.socket.connect
+    with serving(SLOW["drips its body"]) as url:
+        client = HttpClient(url, None, Patience(attempts=1, timeout=SECONDS, connect_timeout=SECONDS))
+        monkeypatch.setattr(socket.socket, "connect", slow)
+        started = time.monotonic()
+        with pytest.raises(UserError, match="no answer within 1 s"):
+            client.once("GET", "/v1/models")
+        assert time.monotonic() - started < 2 * SECONDS + 2
+        client.close()
+
+
+def test_a_handshake_has_the_same_deadline() -> None:
+    with serving(lambda peer: drip(peer, b"", b"\x16")) as url:
+        client = HttpClient(url.replace("http:", "https:"), None, Patience(connect_timeout=SECONDS))
+        started = time.monotonic()
+        with pytest.raises(UserError):
+            client.once("GET", "/v1/models")
+        assert time.monotonic() - started < 2 * SECONDS + 2
+        client.close()
+
+
+@pytest.mark.parametrize("status", [b"400 Bad Request", b"503 Busy"])
+def test_an_error_is_read_up_to_a_mebibyte(status: bytes) -> None:
+    head = b"HTTP/1.1 " + status + b"\r\nContent-Length: 314572800\r\n\r\n"
+    with serving(lambda peer: flood(peer, head, b"[" * 65536)) as url:
+        client = HttpClient(url, None, Patience(attempts=2, timeout=20.0, first_wait=0.01))
+        tracemalloc.start()
+        with pytest.raises(UserError) as raised:
+            client.patiently("/v1/completions", {}, threading.Event())
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+        tracemalloc.stop()
+        assert len(str(raised.value)) < 700
+        client.close()
+
+
+def test_large_answers_come_and_are_used_one_after_another() -> None:
+    size, using, most = 20 << 20, [0], [0]
+    lock = threading.Lock()
+
+    def use(answer: bytes) -> int:
+        with lock:
+            using[0] += 1
+            most[0] = max(most[0], using[0])
+        time.sleep(0.2)
+        with lock:
+            using[0] -= 1
+        return len(answer)
+
+    head = OK + f"Content-Length: {size}\r\n\r\n".encode()
+    with serving(lambda peer: peer.sendall(head + b" " * size)) as url:
+        client = HttpClient(url, None, Patience())
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: client.patiently("/pooling", {}, threading.Event(), use), range(4)))
+        client.close()
+    assert found == [size] * 4 and most == [1]
+
+
+@pytest.mark.parametrize(
+    ("root", "shown"),
+    [
+        ("/models/Teacher-7B", "serve /models/Teacher-7B"),
+        ("--trust-remote-code", "serve org/Teacher-7B"),
+        ("/models/other", "serve org/Teacher-7B"),
+        ("evil/Teacher-7B", "serve org/Teacher-7B"),
+        ("$(id)", "serve org/Teacher-7B"),
+    ],
+)
+def test_a_server_puts_no_word_of_its_own_into_the_command_that_is_shown(root: str, shown: str) -> None:
+    serving_there = Serving("org/Teacher-7B", "LlamaForCausalLM").as_served(root, "--api-key")
+    command = serving_there.stock(20)
+    assert shown in command.replace("python -m vllm.entrypoints.openai.api_server --model", "vllm serve")
+    assert command.count("--api-key") == 1 and "trust" not in command
+
+
+@pytest.mark.parametrize(
+    "url", ["htp:/u:hunter2@h", "u:hunter2@h:x", "http//u:hunter2@h", "http://[hunter2", "hunter2/?x"]
+)
+def test_an_address_that_is_none_is_not_repeated(url: str) -> None:
+    with pytest.raises(UserError, match=r"--server-url") as raised:
+        HttpClient(url, None, Patience())
+    assert "hunter2" not in str(raised.value)

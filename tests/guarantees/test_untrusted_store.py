@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import ssl
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
 from storage import places
+from storage.cache import _remote_files
 from storage.errors import CacheError, RunError
+from storage.manifest import read_manifest
 from storage.places import CHUNK, RemotePath
 from tests.http_server import LocalServer
+from tests.stages.test_teacher_server import self_signed
 
 s3fs = pytest.importorskip("s3fs")
 SECONDS = 2
@@ -197,6 +205,156 @@ def test_a_list_without_end_is_refused(listing: Answer, monkeypatch: pytest.Monk
     sentence = "a list of more than 8,388,608 bytes; set PIPELINE_LISTING_BYTES for another limit"
     with store(listing=listing) as url, bounded(monkeypatch, url) as path, pytest.raises(RunError, match=sentence):
         list(RemotePath(path.url.rpartition("/")[0]).iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("keys", [KEY.format(name="x") * 80_000, "<Contents/>" * 2_000_000])
+def test_a_page_of_a_list_is_bounded(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listing(handler: Handler) -> None:
+        text = XML.format(count=1, more="false", token="", keys=keys).encode()
+        handler.head(len(text), Content_Type="application/xml")
+        handler.wfile.write(text)
+
+    with store(listing=listing) as url, bounded(monkeypatch, url) as path, pytest.raises(RunError, match="a list of"):
+        list(RemotePath(path.url.rpartition("/")[0]).iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("keys", ["<Contents/>", "<Contents><Key>c/x</Key></Contents>", "<Oops", "</b>", "<Contents>x"])
+def test_a_list_that_is_none_is_refused_in_a_sentence(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listing(handler: Handler) -> None:
+        text = XML.format(count=1, more="false", token="", keys=keys).encode()
+        handler.head(len(text), Content_Type="application/xml")
+        handler.wfile.write(text)
+
+    sentence = "the store's answer is not one of its protocol|Internal Server Error"
+    with store(listing=listing) as url, bounded(monkeypatch, url) as path, pytest.raises(RunError, match=sentence):
+        list(RemotePath(path.url.rpartition("/")[0]).iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+def test_folders_of_a_tokenizer_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each folder holds folders and empty files, none of which is ever a file to read."""
+
+    def listing(handler: Handler) -> None:
+        prefix = re.search(r"prefix=([^&]*)", handler.path)[1].replace("%2F", "/")  # type: ignore[index]
+        keys = "".join(f"<CommonPrefixes><Prefix>{prefix}d{i}/</Prefix></CommonPrefixes>" for i in range(8))
+        text = XML.format(count=1, more="false", token="", keys=keys).encode()
+        handler.head(len(text), Content_Type="application/xml")
+        handler.wfile.write(text)
+        handler.close_connection = False
+
+    class Absent(Handler):
+        def do_HEAD(self) -> None:
+            self.head(0, 404)
+
+    monkeypatch.setattr(sys.modules[__name__], "Handler", Absent)
+    either = pytest.raises((CacheError, RunError), match=r"more than 1000 files|are not listed within 2 s")
+    with store(listing=listing) as url, bounded(monkeypatch, url), either:
+        _remote_files(RemotePath("s3://b/c/tokenizer"))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [
+        (401, "access denied"),
+        (403, "access denied"),
+        (429, "it answers 429 after 2 tries"),
+        (500, "it answers 500 after 2 tries"),
+        (302, "it sends on and on"),
+        (404, None),
+        (410, None),
+    ],
+)
+def test_a_web_server_in_trouble_is_no_missing_file(
+    status: int, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_SCHEMES", "http")
+
+    class Trouble(Handler):
+        def do_HEAD(self) -> None:
+            self.head(0, status, Location=self.path)
+
+        do_GET = do_HEAD
+
+    monkeypatch.setattr(sys.modules[__name__], "Handler", Trouble)
+    with store() as url:
+        path = RemotePath(f"{url}/manifest.json")
+        for act in (path.exists, path.stat, lambda: read_manifest(path)):
+            if sentence is None and act == path.exists:
+                assert not act()
+                continue
+            kind = RunError if sentence else (FileNotFoundError, CacheError)
+            with pytest.raises(kind, match=sentence or "manifest"):
+                act()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_web_server_that_is_not_there_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_SCHEMES", "http")
+    with store() as url:
+        pass
+    with pytest.raises(RunError, match=r"Cannot connect to host .* after 2 tries"):
+        RemotePath(f"{url}/manifest.json").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_certificate_that_nobody_vouches_for_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    server = LocalServer(Handler)
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self_signed(tmp_path))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        with pytest.raises(RunError, match="its certificate is not trusted") as raised:
+            RemotePath(f"{server.url.replace('http', 'https')}/manifest.json").exists()
+        assert "tries" not in str(raised.value)
+    finally:
+        server.close()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_whose_length_nobody_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Handler):
+        def do_HEAD(self) -> None:
+            self.head(None)
+            self.close_connection = True
+
+        def do_GET(self) -> None:
+            self.head(None)
+            self.close_connection = True
+
+    monkeypatch.setattr(sys.modules[__name__], "Handler", Silent)
+    monkeypatch.setenv("PIPELINE_SCHEMES", "http")
+    with store() as url:
+        with pytest.raises(RunError, match="does not say how long this file is"):
+            RemotePath(f"{url}/manifest.json").stat()
+        with bounded(monkeypatch, url) as path, pytest.raises(RunError, match=r"does not say|not one of its protocol"):
+            path.stat()
+
+
+def test_a_read_that_is_stopped_leaves_one_line() -> None:
+    """SIGTERM while a remote file drips: no traceback of a coroutine that was left behind."""
+    script = (
+        "import os, signal, threading, sys\n"
+        "from storage.places import RemotePath\n"
+        "def stop(*_): raise SystemExit(9)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "RemotePath('s3://b/c/x').read_at_most(1000, 'a receipt')\n"
+    )
+    with store(body=drips) as url:
+        environment = os.environ | {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 9 and done.stderr == "", done.stderr
 
 
 @pytest.mark.usefixtures("quick")
