@@ -114,7 +114,7 @@ class HttpClient:
         return "start it, or correct --server-url"
 
     def patiently(
-        self, path: str, body: dict[str, Any], stop: threading.Event, use: Callable[[bytes], _T] = lambda answer: answer
+        self, path: str, body: dict[str, Any], stop: threading.Event, use: Callable[[bytes], _T]
     ) -> _T:
         """Return what `use` makes of the body of a successful POST; of large ones, one at a time.
 

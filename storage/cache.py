@@ -289,7 +289,7 @@ class Cache:
         """
         folder = self.path / TOKENIZER
         if isinstance(folder, RemotePath):
-            found = _remote_files(folder)
+            found: Iterable[tuple[str, Place]] = _remote_files(folder)
         else:
             if not folder.is_dir():
                 raise CacheError(f"{folder}: there is no tokenizer here")

@@ -91,7 +91,7 @@ def test_an_exchange_has_one_deadline(how: str) -> None:
         assert time.monotonic() - started < 3 * SECONDS + 3
         started = time.monotonic()
         with pytest.raises((RunError, UserError)):
-            client.patiently("/v1/completions", {}, threading.Event())
+            client.patiently("/v1/completions", {}, threading.Event(), bytes)
         assert time.monotonic() - started < 3 * SECONDS + 3
         client.close()
 
@@ -103,7 +103,7 @@ def test_an_answer_is_read_up_to_its_limit(how: str) -> None:
         client = HttpClient(url, None, patience)
         for ask in (
             lambda: client.once("GET", "/v1/models"),
-            lambda: client.patiently("/v1/completions", {}, threading.Event()),
+            lambda: client.patiently("/v1/completions", {}, threading.Event(), bytes),
         ):
             with pytest.raises(UserError, match="answers with more than 1,048,576 bytes, the most that is read of one"):
                 ask()
@@ -168,7 +168,7 @@ def test_an_error_is_read_up_to_a_mebibyte(status: bytes) -> None:
         client = HttpClient(url, None, Patience(attempts=2, timeout=20.0, first_wait=0.01))
         tracemalloc.start()
         with pytest.raises(UserError) as raised:
-            client.patiently("/v1/completions", {}, threading.Event())
+            client.patiently("/v1/completions", {}, threading.Event(), bytes)
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
         tracemalloc.stop()
         assert len(str(raised.value)) < 700
