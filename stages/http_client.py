@@ -113,9 +113,7 @@ class HttpClient:
             return "is it an http:// address?"
         return "start it, or correct --server-url"
 
-    def patiently(
-        self, path: str, body: dict[str, Any], stop: threading.Event, use: Callable[[bytes], _T]
-    ) -> _T:
+    def patiently(self, path: str, body: dict[str, Any], stop: threading.Event, use: Callable[[bytes], _T]) -> _T:
         """Return what `use` makes of the body of a successful POST; of large ones, one at a time.
 
         Raises RunError after the last attempt, UserError for a refusal, and what `use` raises.

@@ -301,7 +301,7 @@ class Cache:
                 raise CacheError(f"{folder}: has more than {MOST_TOKENIZER_FILES} files, as no tokenizer has")
             total += path.stat().st_size
             TOKENIZER_BYTES.check(folder, total, "a tokenizer")
-            files[name] = path.read_at_most(most, "a tokenizer")
+            files[name] = place(path).read_at_most(most, "a tokenizer")
         if not files:
             raise CacheError(f"{folder}: there is no tokenizer here")
         check_tokenizer_files(files, str(folder))
