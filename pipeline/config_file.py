@@ -19,39 +19,45 @@ import click
 import yaml
 
 from pipeline.cli import CONFIG_META
+from pipeline.config_rules import pair_typed_alone, typed_alone
 from storage.errors import UserError
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any] | click.Command)
 
 _MAPPINGS_META = "pipeline.config_mappings"
-# Options that run other people's code: somebody who is handed a file does not see what it would do.
-_TYPED_ALONE = {"trust-remote-code": "it runs Python code that comes with a model"}
 # More than any list of options.
 _MAX_BYTES = 1 << 20
 _NULL = "tag:yaml.org,2002:null"
+_NO_TEXT = re.compile("[\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML whose plain words are typed by the core schema of YAML 1.2.
 
-    Without aliases: a few of them stand for more than a machine can hold.
+    Without aliases: a few of them stand for more than a machine can hold. Without tags: a value has one form.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"the alias *{event.anchor} is not taken; write the value itself", event.start_mark
-            )
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"the alias *{event.anchor} is not taken; write the value itself"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"the tag {event.tag[:60]} is not taken; write the value alone"
+        elif isinstance(event, yaml.ScalarEvent) and _NO_TEXT.search(event.value):
+            problem = "half a character (\\ud800 to \\udfff), which no text has; write the character itself"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
 
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
+    # Longer ones are no numbers of ours, and Python neither reads nor shows them all.
+    ("int", r"[-+]?(?:0|[1-9][0-9]{0,39})|0x[0-9a-fA-F]{1,32}", list("-+0123456789")),
     (
         "float",
         r"[-+]?(?=.*[.eE])(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
@@ -165,7 +171,7 @@ class _FileValue:
         try:
             self.param.type_cast_value(click.get_current_context(), self.value)
         except click.BadParameter as error:
-            raise UserError(f"{self.where}: {error.message.rstrip('.')}") from error
+            raise UserError(f"{self.where}: {error.message.rstrip('.')[:400]}") from error
         return self.value
 
     def __str__(self) -> str:
@@ -188,8 +194,6 @@ def _read(
             close = difflib.get_close_matches(key.replace("_", "-"), names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"{command.name} --help lists the names"
             raise UserError(f"{where}: {command.name} has no such option; {hint}")
-        if (why := _TYPED_ALONE.get(name.replace("_", "-"))) is not None:
-            raise UserError(f"{where}: {why}, so it is taken on the command line alone")
         if name in seen:
             raise UserError(f"{where}: the same option is already set as {seen[name]!r}; keep one of them")
         seen[name] = key
@@ -198,9 +202,22 @@ def _read(
         param = next((param for param in command.params if param.name == name), None)
         if param is None or isinstance(param, KeyValueOption):
             mappings[name] = _mapping(node, where)
+            if param is not None:
+                for each, value in mappings[name].items():
+                    _check_may_set(f"{where}, {each}", pair_typed_alone(_longest(param), each, value))
         else:
             values[name] = _FileValue(where, param, _texts(node, param, where))
+            _check_may_set(where, typed_alone(_longest(param), values[name].value))
     return values, mappings
+
+
+def _check_may_set(where: str, why_not: str | None) -> None:
+    if why_not is not None:
+        raise UserError(f"{where}: {why_not}, so it is taken on the command line alone")
+
+
+def _longest(param: click.Parameter) -> str:
+    return max(param.opts, key=len).lstrip("-")
 
 
 def _known_names(command: click.Command, nested: Sequence[str]) -> dict[str, str]:

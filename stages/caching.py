@@ -44,7 +44,7 @@ from storage.errors import CacheError, RunError, UserError
 from storage.manifest import CorpusIdentity, Manifest, ScoringOptions, checked
 from storage.places import place
 from storage.plan import plan_shards
-from storage.redact import without_secrets
+from storage.redact import holds_secret, url_without_secrets
 from storage.sketch_file import SketchFile
 
 if TYPE_CHECKING:
@@ -262,12 +262,15 @@ def try_sketch(prepared: PreparedCache) -> tuple[float, float | None]:
 
 def _source(options: CacheOptions) -> dict[str, Any]:
     """What the manifest says of the data, which informs and is no part of the identity."""
+    for name in ("license", "citation"):
+        if holds_secret(getattr(options, name) or ""):
+            raise UserError(f"--{name}: holds a key or password, which everybody who gets the cache would read")
     # A path says more about the machine than about the data; its last part is enough to recognise it.
     local = os.path.exists(os.path.expanduser(options.dataset))
     # A name that is not UTF-8 cannot be written as it is.
     name = os.fsencode(Path(options.dataset).name).decode(errors="replace")
     said = {
-        "dataset": name if local else without_secrets(options.dataset),
+        "dataset": name if local else url_without_secrets(options.dataset),
         "split": options.split if local else options.split or "train",
         "limit": options.limit,
         "license": options.license,

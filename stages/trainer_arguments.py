@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from storage.errors import UserError
+from storage.redact import holds_secret
 
 if TYPE_CHECKING:
     from stages.student import StudentOptions
@@ -110,6 +111,9 @@ def training_arguments(options: StudentOptions) -> Any:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(f"--trainer {name}: transformers.TrainingArguments has no such field{hint}")
+        if holds_secret(str(options.trainer[name])):
+            raise UserError(f"--trainer {name}: holds a key or password, which would be written into the output")
+    given = {name: _typed(name, value) for name, value in options.trainer.items()}
     import torch
 
     defaults: dict[str, Any] = {
@@ -124,13 +128,13 @@ def training_arguments(options: StudentOptions) -> Any:
         "save_total_limit": 2,
         "seed": options.seed,
     }
-    if "eval_steps" in options.trainer and options.eval_share > 0:
+    if "eval_steps" in given and options.eval_share > 0:
         defaults["eval_strategy"] = "steps"
-    if options.trainer.get("dataloader_num_workers") == 0:
+    if given.get("dataloader_num_workers") == 0:
         defaults |= {"dataloader_persistent_workers": False, "dataloader_prefetch_factor": None}
     try:
         arguments = TrainingArguments(
-            **{name: value for name, value in {**defaults, **options.trainer}.items() if name not in COMPILE},
+            **{name: value for name, value in {**defaults, **given}.items() if name not in COMPILE},
             # Absolute, or a name that begins with ~ would be another place for Trainer than for the rest.
             output_dir=os.path.abspath(options.output),
             remove_unused_columns=False,
@@ -142,6 +146,7 @@ def training_arguments(options: StudentOptions) -> Any:
         # Trainer would make them only once the caches are read.
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
+        _try_steps(arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"--trainer: {' '.join(str(error).split())[:300]}") from None
     _check_processes(arguments)
@@ -149,6 +154,45 @@ def training_arguments(options: StudentOptions) -> Any:
         # Several GPUs are one process each (torchrun); Trainer would copy the model to all of them in threads.
         arguments._n_gpu = 1
     return arguments
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return the value in the type of its field; a word that means it is converted. Raise UserError for another one.
+
+    transformers takes any value, and fails at the first step, or takes the word `no` for true.
+    """
+    from pydantic import TypeAdapter, ValidationError
+    from transformers import TrainingArguments
+
+    # Its annotation leaves out what it takes.
+    if name == "fsdp":
+        return value
+    try:
+        return TypeAdapter(get_type_hints(TrainingArguments)[name]).validate_python(value)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise UserError(f"--trainer {name}: {said[:1].lower()}{said[1:]}, not {repr(value)[:60]}") from None
+
+
+def _try_steps(arguments: Any) -> None:
+    """Make the optimizer and the schedule of one number, which raise what they would raise once the output is begun."""
+    import torch
+    from transformers import Trainer
+    from transformers.optimization import get_scheduler
+
+    weight = torch.nn.Parameter(torch.zeros(1, 1))
+    optimizer: Any = torch.optim.SGD([weight], arguments.learning_rate)
+    # GaLore and the like need the model.
+    if not arguments.optim_target_modules:
+        kind, given = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([weight], **given)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(2),
+        num_training_steps=2,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
 
 
 def _check_processes(arguments: Any) -> None:

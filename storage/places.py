@@ -25,7 +25,7 @@ from storage.errors import CacheError, RunError, UserError
 from storage.files import HashingFile
 from storage.limits import LISTING_BYTES, STORE_SECONDS
 from storage.new_path import check_slashes
-from storage.redact import without_secrets
+from storage.redact import has_user, url_without_secrets, without_secrets
 from storage.store_requests import TooLateError, TooMuchError, ask, http_client, s3_session
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def check_url(url: str) -> None:
     fsspec knows dozens of schemes: some read other files of this machine, run commands elsewhere, or wrap another URL.
     A name and a password, or a signature behind `?`, would end up in logs and files.
     """
-    shown = without_secrets(url)
+    shown = url_without_secrets(url)
     scheme, _, rest = url.partition("://")
     if "::" in url:
         raise UserError(f"{shown}: a place inside another one; give a plain URL")
@@ -274,7 +274,7 @@ def check_url(url: str) -> None:
             f"{shown}: caches lie at {', '.join(f'{each}://' for each in SCHEMES)}; to allow {scheme}:// as well, set "
             f"{SCHEMES_VARIABLE}={scheme}"
         )
-    if "@" in rest.partition("/")[0]:
+    if has_user(url) or "@" in rest.partition("/")[0]:
         raise UserError(f"{shown}: a name or key in a URL is not taken; give it as the store's own client takes it")
     if "?" in rest or "#" in rest:
         raise UserError(f"{shown}: has a part behind ? or #, which is not taken; give the URL of the folder alone")

@@ -21,7 +21,7 @@ from pipeline.streams import say
 from stages.card import card
 from stages.summary import summarize
 from storage.cache import Cache
-from storage.redact import without_secrets
+from storage.redact import holds_secret, without_secrets
 from tests.conftest import Tiny
 from tests.storage.synthetic import make_manifest
 
@@ -146,10 +146,59 @@ def test_a_card_is_no_page_of_somebody_else(markup: str, cache_path: Path) -> No
         ("'https://h/x?sig=abc'", "'https://h/x?***'"),
         ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
         ("is it up? see docs", "is it up? see docs"),
+        ("s3://AKIA:se/cr+et@bucket/x: no", "s3://***@bucket/x: no"),
+        ("s3://AKIA:s@cr@et@bucket/x", "s3://***@bucket/x"),
+        ("s3:///AKIA:secret@bucket", "s3:///***@bucket"),
+        ("//u:secret@bucket/x", "//***@bucket/x"),
+        ("s3://b/me@here.org/x: no", "s3://b/me@here.org/x: no"),
+        ("hf://datasets/o/name@main/x: no", "hf://datasets/o/name@main/x: no"),
+        ("hf://u:secret@datasets/o", "hf://***@datasets/o"),
+        ("a/b//c@d", "a/b//c@d"),
+        ("mail a@b.org", "mail a@b.org"),
     ],
 )
 def test_urls_lose_their_secrets(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
+
+
+@pytest.mark.parametrize(
+    "place", ["s3://u:hun ter2@b/x", "s3://u:a/ter2@b", "ftp://ter2@h", "s3:///u:ter2@b", "s3://b/x?k=ter2"]
+)
+@pytest.mark.parametrize("command", [("verify",), ("inspect",), ("pull", "-")])
+def test_a_place_that_is_refused_shows_no_key(
+    place: str, command: tuple[str, ...], tmp_path: Path, pipeline: Callable[..., Any]
+) -> None:
+    ended = pipeline(command[0], place, *(tmp_path / "x" for _ in command[1:]))
+    assert ended.code == 2 and "ter2" not in ended.err + ended.out, ended.err
+
+
+def test_a_secret_that_was_cut_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
+    monkeypatch.setenv("SSH_KEY", "/home/me/.ssh/id_ed25519")
+    assert without_secrets("refused: hf_0123456789abc") == "refused: ***"
+    assert without_secrets("/home/me/.ssh/other hf_0123") == "/home/me/.ssh/other hf_0123"
+
+
+@pytest.mark.parametrize("name", ["license", "citation"])
+@pytest.mark.parametrize("text", ["see https://u:hunter2@h/x", "s3://h/x?X-Amz-Signature=hunter2", "hunter2hunter2"])
+def test_a_card_is_given_no_key(
+    name: str, text: str, tiny: Tiny, tmp_path: Path, pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
+    (tmp_path / "t.jsonl").write_text('{"text": "A dog ran."}\n')
+    given = ("--teacher", tiny.teacher, "--dataset", tmp_path / "t.jsonl", "--output", tmp_path / "c")
+    ended = pipeline("cache-teacher", *given, f"--{name}", text, "--engine", "transformers")
+    assert ended.code == 2 and f"--{name}: holds a key or password" in ended.err and "hunter2" not in ended.err
+    assert not (tmp_path / "c").exists()
+    assert not holds_secret("@misc{x, url={https://openreview.net/forum?id=ab#top}, author={a@b.org}}")
+
+
+@pytest.mark.parametrize("field", ["run_name", "project", "logging_dir"])
+def test_a_training_keeps_no_key(
+    field: str, tiny: Tiny, cache_path: Path, tmp_path: Path, pipeline: Callable[..., Any]
+) -> None:
+    ended = trained(tiny, cache_path, tmp_path / "o", pipeline, "--trainer", f"{field}=https://u:hunter2@h/x")
+    assert ended.code == 2 and "hunter2" not in ended.err and not (tmp_path / "o").exists(), ended.err
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "PIPELINE_SERVER_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"])
@@ -160,35 +209,6 @@ def test_values_of_secret_variables_reach_no_terminal(
     for flags in ([], ["--debug"]):
         ended = pipeline(*flags, "verify", tmp_path / "sk-0123456789abcdef")
         assert ended.code != 0 and "sk-0123456789abcdef" not in ended.err + ended.out and "***" in ended.err
-
-
-# ---- configurations ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key", ["trust-remote-code", "trust_remote_code"])
-@pytest.mark.parametrize("command", ["train-student", "cache-teacher", "generate", "audit", "plan"])
-def test_a_configuration_runs_no_code(key: str, command: str, tmp_path: Path, pipeline: Callable[..., Any]) -> None:
-    (tmp_path / "run.yaml").write_text(f"{key}: true\n")
-    ended = pipeline(command, "--config", tmp_path / "run.yaml")
-    assert ended.code == 2
-    assert "runs Python code that comes with a model, so it is taken on the command line alone" in ended.err
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        "push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "output_dir", "trackio_space_id",
-        "trackio_bucket_id", "trackio_static_space_id",
-    ],
-)  # fmt: skip
-def test_a_configuration_sends_nothing_away(
-    field: str, tiny: Tiny, cache_path: Path, tmp_path: Path, pipeline: Callable[..., Any]
-) -> None:
-    given = f"student: {tiny.student}\nshards: {cache_path}\noutput: {tmp_path / 'o'}\n"
-    (tmp_path / "run.yaml").write_text(f"{given}trainer:\n  {field}: sk-0123456789abcdef\n")
-    ended = pipeline("train-student", "--config", tmp_path / "run.yaml")
-    assert ended.code == 2 and f"--trainer {field}: " in ended.err
-    assert "sk-0123456789abcdef" not in ended.err and not (tmp_path / "o").exists()
 
 
 # ---- what a run leaves ------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_names_of_an_option(recorder: Recorder, write: Any, key: str) -> None:
         ("top_n: [5", "run.yaml is not valid YAML, line 1, column 10: "),
         ("a: 1\n---\nb: 2", "run.yaml is not valid YAML, line 2, column 1: "),
         ("trainer: 5", "run.yaml, line 1, key trainer: expected `key: value` lines, found a scalar"),
-        ("trainer:\n  x: !!python/name:os.system", "run.yaml, line 2, key trainer, x: line 2, column 6: "),
+        ("trainer:\n  x: !!python/name:os.system", "run.yaml is not valid YAML, line 2, column 6: the tag "),
         ("engine: [a]", "run.yaml, line 1, key engine: expected `key: value` lines, found a sequence"),
         ("[" * 3000, "run.yaml is not valid YAML, "),
     ],
