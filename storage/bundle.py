@@ -40,9 +40,11 @@ LEVEL = 1
 _CHUNK = 1 << 20
 # Shards are compressed already: what unpacks to much more than its size is no bundle of ours.
 MOST_TIMES = 64
-MOST_BESIDES = 64 << 20
-# Bytes of the headers that name one member; tarfile reads them at once.
-_MOST_HEADER = 1 << 16
+MOST_BESIDES = 8 << 20
+# Bytes of the header that holds a name too long or too odd for tar's own field. A long one takes tarfile minutes.
+_MOST_HEADER = 2048
+# Of the file's bytes, for each member but those of the tokenizer: a shard and its receipt have thousands.
+_LEAST_OF_MEMBER = 256
 # Characters of a member's name.
 _LONGEST_NAME = 200
 _MEMBER = re.compile(
@@ -51,14 +53,27 @@ _MEMBER = re.compile(
 )
 
 
+_ODD_HEADERS = (
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.GNUTYPE_SPARSE,
+)
+
+
 class _Member(tarfile.TarInfo):
-    """Refuses headers whose own size tarfile would read into memory, before it does."""
+    """Refuses headers that no bundle of ours has, before tarfile works on them."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
         member = super().frombuf(buf, encoding, errors)
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.size > _MOST_HEADER:
-            raise tarfile.ReadError(f"a header of {member.size} bytes")
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            if member.size > _MOST_HEADER:
+                raise tarfile.ReadError(f"a header of {member.size} bytes")
+            # Global ones stay for all that follow, and are copied for each.
+            if member.type in _ODD_HEADERS:
+                raise tarfile.ReadError("a header that this program does not write")
         return member
 
 
@@ -188,7 +203,10 @@ def _extract(file: Path, target: Path) -> None:
         tarfile.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar,
     ):
         tokenizer_files = 0
-        for member in tar:
+        most_members = MOST_TOKENIZER_FILES + file.stat().st_size // _LEAST_OF_MEMBER
+        for number, member in enumerate(tar):
+            if number > most_members:
+                raise CacheError(f"{file}: holds more files than its size allows; nothing was unpacked")
             # tarfile keeps each, with its headers.
             tar.members = []  # type: ignore[attr-defined]
             name = PurePosixPath(member.name)
@@ -219,7 +237,8 @@ def _extract(file: Path, target: Path) -> None:
             with open(path, "xb") as written:
                 shutil.copyfileobj(source, written, _CHUNK)
                 written.flush()
-                os.fsync(written.fileno())
+                if member.size:
+                    os.fsync(written.fileno())
         # To the end, where zstd's own checksum stands.
         while data := stream.read(_CHUNK):
             room -= len(data)
