@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -39,7 +41,7 @@ def stretches(tokenizer: Any, input_ids: np.ndarray, loss_mask: np.ndarray) -> l
         text, marked = whole[same:], trained[start]
         # What the tokens before gave of a character that only these complete.
         if (unfinished := len(before) - same) and text:
-            found, shared = _without_last(found, unfinished)
+            shared = _drop_last(found, unfinished)
             found.append((text[:1], marked or shared))
             text = text[1:]
         if text or marked:
@@ -87,11 +89,12 @@ def show(view: Sequence[Stretch], what: str, input_ids: np.ndarray, loss_mask: n
 
 def between_marks(view: Sequence[Stretch]) -> tuple[str, str, str]:
     """Return the text with trained stretches between two marks, and the marks, which can be told from the text."""
-    for opening, closing in _pairs():
+    whole = "".join(text for text, _ in view)
+    for opening, closing in (*_MARKS, _numbered(whole)):
         text = "".join(f"{opening}{part}{closing}" if marked else part for part, marked in view)
         if _parsed(text, opening, closing) == list(view):
             return text, opening, closing
-    raise AssertionError("unreachable: one of endless pairs of marks is not in the text")
+    raise AssertionError("unreachable: the numbered marks are not in the text")
 
 
 def _runs(trained: Sequence[bool]) -> Iterator[tuple[int, int]]:
@@ -111,26 +114,21 @@ def _same(one: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _without_last(found: list[Stretch], count: int) -> tuple[list[Stretch], bool]:
-    """Without the last `count` characters, and whether some of these were trained."""
-    found, marked = list(found), False
+def _drop_last(found: list[Stretch], count: int) -> bool:
+    """Take away the last `count` characters. Return whether some of these were trained."""
+    marked = False
     while count and found:
         text, of_last = found.pop()
         marked |= of_last
         if len(text) > count:
             found.append((text[:-count], of_last))
         count -= min(count, len(text))
-    return found, marked
+    return marked
 
 
 def _joined(found: Iterable[Stretch]) -> list[Stretch]:
-    joined: list[Stretch] = []
-    for text, marked in found:
-        if joined and joined[-1][1] == marked:
-            joined[-1] = (joined[-1][0] + text, marked)
-        else:
-            joined.append((text, marked))
-    return joined
+    alike = itertools.groupby(found, key=lambda stretch: stretch[1])
+    return [("".join(text for text, _ in group), marked) for marked, group in alike]
 
 
 def _between(view: Sequence[Stretch], begin: int, stop: int) -> Iterator[Stretch]:
@@ -142,25 +140,26 @@ def _between(view: Sequence[Stretch], begin: int, stop: int) -> Iterator[Stretch
         at += len(text)
 
 
-def _pairs() -> Iterator[tuple[str, str]]:
-    yield from _MARKS
-    number = 1
-    while True:
-        yield f"[{number}[", f"]{number}]"
-        number += 1
+def _numbered(text: str) -> tuple[str, str]:
+    """Marks whose number stands nowhere in the text, so that none begins within it."""
+    there = {*re.findall(r"[0-9]+", text)}
+    number = next(each for each in map(str, itertools.count(1)) if each not in there)
+    return f"[{number}[", f"]{number}]"
 
 
 def _parsed(text: str, opening: str, closing: str) -> list[Stretch]:
     """The stretches as a reader takes them: the next mark of the kind that comes next ends each."""
     found: list[Stretch] = []
-    marked = False
+    marked, start = False, 0
     while True:
-        part, mark, text = text.partition(closing if marked else opening)
+        mark = closing if marked else opening
+        end = text.find(mark, start)
+        part = text[start:] if end < 0 else text[start:end]
         if part or marked:
             found.append((part, marked))
-        if not mark:
+        if end < 0:
             return found
-        marked = not marked
+        marked, start = not marked, end + len(mark)
 
 
 def _print_underlined(view: Sequence[Stretch], headline: str, stream: TextIO) -> None:

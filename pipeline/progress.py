@@ -239,10 +239,14 @@ class Progress:
         )
 
 
+# Characters of one value.
+_LONGEST_CELL = 2000
+
+
 def summary(title: str, rows: Iterable[tuple[str, object]], stream: TextIO | None = None) -> None:
     """Print named values to stdout: two columns on a terminal, `name: value` lines when piped."""
     stream = stream if stream is not None else sys.stdout
-    cells = [(printable(name), printable(value)) for name, value in rows]
+    cells = [(printable(name), _cell(value)) for name, value in rows]
     if on_terminal(stream):
         _print_table(stream, title, None, cells)
         return
@@ -253,13 +257,19 @@ def summary(title: str, rows: Iterable[tuple[str, object]], stream: TextIO | Non
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stream: TextIO | None = None) -> None:
     """Print a table to stdout: aligned on a terminal, tab-separated with a header line when piped."""
     stream = stream if stream is not None else sys.stdout
-    cells = [tuple(printable(value) for value in row) for row in rows]
+    cells = [tuple(_cell(value) for value in row) for row in rows]
     if on_terminal(stream):
         _print_table(stream, title, columns, cells)
         return
     lines = [printable(title), "\t".join(columns), *("\t".join(row) for row in cells)]
     stream.write("".join(f"{line}\n" for line in lines))
     stream.flush()
+
+
+def _cell(value: object) -> str:
+    """The text of a value; of a long one the beginning, for it may be somebody else's."""
+    text = str(value)
+    return printable(text if len(text) <= _LONGEST_CELL else f"{text[:_LONGEST_CELL]}... ({len(text):,} characters)")
 
 
 def _print_table(stream: TextIO, title: str, columns: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:

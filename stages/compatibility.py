@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
+# Bytes of the text of a token, as JSON, and of a text besides: the longest tokens are runs of spaces.
+_TOKEN_BYTES, _TEXT_BYTES = 256, 1 << 20
 
 
 def cache_tokenizer(cache: Cache) -> PreTrainedTokenizerBase:
@@ -54,13 +56,17 @@ def _tried(path: str, shown: str) -> TokenizerIdentity:
 
 def decoded(cache: Cache, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[list[int]]) -> list[str]:
     """The text of some token ids, by the tokenizer of a cache, within its limits. Raises CacheError."""
-    return within_limits(cache, lambda: [str(tokenizer.decode(ids)) for ids in sequences])
+    tokens = sum(map(len, sequences))
+    return within_limits(cache, tokens, lambda: [str(tokenizer.decode(ids)) for ids in sequences])
 
 
-def within_limits(cache: Cache, call: Callable[[], _T]) -> _T:
-    """What `call`, which uses the tokenizer of a cache, returns. Raises CacheError where it breaks the limits."""
+def within_limits(cache: Cache, tokens: int, call: Callable[[], _T]) -> _T:
+    """What `call` returns, the text of `tokens` tokens by the tokenizer of a cache. Raises CacheError where making it
+    breaks the limits, and for longer text than tokens have.
+    """
+    most = _TEXT_BYTES + _TOKEN_BYTES * tokens
     try:
-        return limited(call, memory=TOKENIZER_MEMORY.value, seconds=TOKENIZER_SECONDS.value)
+        return limited(call, memory=TOKENIZER_MEMORY.value, seconds=TOKENIZER_SECONDS.value, most_bytes=most)
     except LimitError as error:
         raise CacheError(f"{cache.path / TOKENIZER}: to make text with this tokenizer {error}") from None
 

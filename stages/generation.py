@@ -29,6 +29,7 @@ from storage.errors import UserError
 from storage.files import sync_directory, write_json
 from storage.json_text import parse_json
 from storage.new_path import check_new_path, local_path
+from storage.words import listed_briefly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -302,11 +303,11 @@ def _find_column(there: Sequence[str], options: GenerateOptions) -> tuple[str, b
         if len(found) != 1:
             raise UserError(
                 f"{options.prompts}: {'several' if found else 'none'} of the columns {', '.join(usual)} among "
-                f"{', '.join(there)}; name one with --prompt-column or --messages-column"
+                f"{listed_briefly(there)}; name one with --prompt-column or --messages-column"
             )
         wanted = found[0]
     if wanted not in there:
-        raise UserError(f"{options.prompts}: has no column {wanted!r}; its columns are {', '.join(there)}")
+        raise UserError(f"{options.prompts}: has no column {wanted!r}; its columns are {listed_briefly(there)}")
     chats = (options.messages_column,) if options.messages_column else MESSAGE_COLUMNS
     return wanted, wanted in chats and not options.prompt_column
 

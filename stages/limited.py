@@ -34,17 +34,19 @@ class LimitError(Exception):
     """The process was ended: by its time, its memory, or a crash. Its text is a reason, as in "takes more than 2 s"."""
 
 
-def limited(call: Callable[[], _T], *, memory: int, seconds: float | None = None) -> _T:
+def limited(call: Callable[[], _T], *, memory: int, seconds: float | None = None, most_bytes: int = _MOST_SENT) -> _T:
     """Return what `call` returns, which JSON has a word for, as `items` does what it sends."""
-    found: list[_T] = list(items(lambda send: send(call()), memory=memory, seconds=seconds))
+    found: list[_T] = list(items(lambda send: send(call()), memory=memory, seconds=seconds, most_bytes=most_bytes))
     return found[0]
 
 
-def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = None) -> Iterator[Any]:
+def items(
+    work: Callable[[Send], None], *, memory: int, seconds: float | None = None, most_bytes: int = _MOST_SENT
+) -> Iterator[Any]:
     """Yield what `work` sends, in order: JSON values, from a process that may take `memory` bytes more than this one.
 
-    seconds: for all of it. Raises LimitError, and the UserError that `work` raises; any other error of it is a
-    LimitError too, for nothing is known of a program of others.
+    seconds: for all of it. most_bytes: of one value as JSON. Raises LimitError, and the UserError that `work` raises;
+    any other error of it is a LimitError too, for nothing is known of a program of others.
     """
     if sys.platform != "linux":
         found: list[Any] = []
@@ -66,12 +68,12 @@ def items(work: Callable[[Send], None], *, memory: int, seconds: float | None = 
             if not ours.poll(None if until is None else max(0.0, until - time.monotonic())):
                 raise LimitError(f"takes more than {seconds:g} s")
             try:
-                kind, value = json.loads(ours.recv_bytes(_MOST_SENT))
+                kind, value = json.loads(ours.recv_bytes(most_bytes))
             except EOFError:
                 # By the kernel's killer of processes, or by Arrow and Rust, which end where there is no memory.
                 raise LimitError("ends the process that works on it") from None
             except OSError:
-                raise LimitError(f"gives more than {_MOST_SENT:,} bytes at once") from None
+                raise LimitError(f"gives more than {most_bytes:,} bytes at once") from None
             if kind == "done":
                 return
             if kind == "limit":

@@ -15,6 +15,7 @@ from stages.splits import DEFAULT_SPLIT, find_splits
 from stages.text_files import TEXT_ENDINGS
 from storage.errors import UserError
 from storage.places import place
+from storage.words import listed_briefly
 
 ENDINGS = (*TEXT_ENDINGS, ".parquet")
 # Named in messages; each but Parquet may end in .gz or .zst, too.
@@ -63,7 +64,7 @@ def find_files(path: Path, split: str | None) -> LocalFiles:
     wanted = split or DEFAULT_SPLIT
     by_split = find_splits(path, [file.relative_to(path).as_posix() for file in found], wanted)
     if wanted not in by_split:
-        raise UserError(f"{path} has no split '{wanted}'; choose one of: {', '.join(by_split) or 'none'}.")
+        raise UserError(f"{path} has no split '{wanted}'; choose one of: {listed_briefly(by_split) or 'none'}.")
     splits = {name: {path / file for file in files} for name, files in by_split.items()}
     files = [file for file in found if file in splits[wanted]]
     for file in files:

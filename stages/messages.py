@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from storage.errors import UserError
+from storage.words import listed_briefly
 
 Message = dict[str, Any]
 
@@ -180,7 +181,7 @@ def _message(value: dict[str, Any], place: str) -> Message:
         message["content"] = message.pop("value")
     role = message.get("role")
     if not isinstance(role, str) or not role.strip():
-        keys = f"its fields are {', '.join(sorted(map(str, value)))}" if value else "it has no field"
+        keys = f"its fields are {listed_briefly(sorted(map(str, value)))}" if value else "it has no field"
         raise UserError(f"{place} has no role ({keys}); name one such as user or assistant.")
     _name_role(message, role.strip(), place)
     if calls := _tool_calls(message, place):

@@ -17,6 +17,7 @@ from stages.records import Encoded, EncodedRow, records
 from stages.rows import Origin, Rows, decode_columns
 from stages.teacher_checks import refuse_beyond_head
 from storage.errors import UserError
+from storage.words import listed_briefly
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,7 +55,7 @@ class Kind:
 def find_kind(rows: Rows, options: CorpusOptions) -> Kind:
     """From the columns named in the options, else from those there are. Raises UserError listing them."""
     there = rows.column_names
-    present = f"the columns of {rows.origin.source} are: {', '.join(there) or 'none'}"
+    present = f"the columns of {rows.origin.source} are: {listed_briefly(there) or 'none'}"
     if options.tools_column and options.tools_column not in there:
         raise UserError(f"There is no column '{options.tools_column}': {present}; name one of those.")
     tools = options.tools_column or ("tools" if "tools" in there else None)

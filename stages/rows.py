@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import RunError, UserError
+from storage.words import listed_briefly
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,7 +103,7 @@ class Rows:
                 if column not in present:
                     raise UserError(
                         f"{path} has no column '{column}', which other files of {self.origin.source} have "
-                        f"(it has {', '.join(sorted(present)) or 'none'}); rename its column or move it away."
+                        f"(it has {listed_briefly(sorted(present)) or 'none'}); rename its column or move it away."
                     )
 
     def close(self) -> None:

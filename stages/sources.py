@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from stages.rows import (
 from stages.text_files import text_rows
 from storage.errors import UserError
 from storage.json_text import parse_json
+from storage.words import listed_briefly
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -167,11 +169,19 @@ def _saved_rows(path: Path, split: str | None, limit: int | None, scratch: tempf
     _refuse_leading_out(path)
     try:
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise UserError(f"{path} is a saved data set that cannot be opened: {first_line(error)}.") from error
     if isinstance(dataset, datasets.DatasetDict):
         if (split or "train") not in dataset:
-            raise UserError(f"{path} has no split '{split or 'train'}'; choose one of: {', '.join(dataset)}.")
+            raise UserError(f"{path} has no split '{split or 'train'}'; choose one of: {listed_briefly(dataset)}.")
         dataset = dataset[split or "train"]
     elif split not in (None, "train", str(dataset.split)):
         raise UserError(f"{path} has no split '{split}'; choose one of: {dataset.split or 'train'}.")
@@ -241,7 +251,7 @@ def _parquet_columns(
         if rows:
             names.update(dict.fromkeys(schema.names))
             by_columns.setdefault(frozenset(schema.names), str(file))
-            doubled.update((name, str(file)) for name in schema.names if schema.names.count(name) > 1)
+            doubled.update((name, str(file)) for name in _doubled(schema.names))
     count = count if limit is None else min(limit, count)
 
     def opened(columns: Sequence[str]) -> tuple[Dataset, bool]:
@@ -260,6 +270,10 @@ def _parquet_columns(
         doubled,
         found.notes,
     )
+
+
+def _doubled(names: Sequence[str]) -> list[str]:
+    return [name for name, times in Counter(names).items() if times > 1]
 
 
 def _mapped(target: str) -> Dataset:
@@ -319,7 +333,7 @@ class _TextWriter:
                     known = columns
                     present.update(dict.fromkeys(columns))
                     if isinstance(columns, list):
-                        self.doubled.update((name, str(file)) for name in columns if columns.count(name) > 1)
+                        self.doubled.update((name, str(file)) for name in _doubled(columns))
                 self.count += 1
                 yield text
                 if self.count == self._limit:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from stages.glob_pattern import GlobPattern
 from stages.rows import first_line
 from storage.errors import UserError
+from storage.words import listed_briefly
 
 DEFAULT_SPLIT = "train"
 CARD = "README.md"
@@ -33,7 +35,7 @@ def find_splits(folder: Path, names: Sequence[str], wanted: str = DEFAULT_SPLIT)
     """
     config = _config(folder)
     files = config.get("data_files")
-    within = str(PurePosixPath(str(config.get("data_dir") or ".")))
+    within = str(PurePosixPath(_word(config.get("data_dir") or ".", "data_dir", folder)))
     prefix = "" if within == "." else f"{within}/"
     if not files:
         below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -42,15 +44,15 @@ def find_splits(folder: Path, names: Sequence[str], wanted: str = DEFAULT_SPLIT)
     listed = by_split or [{"split": DEFAULT_SPLIT, "path": files}]
     found = {}
     for entry in listed:
-        split, paths = str(entry.get("split")), entry.get("path")
-        patterns = {
-            str(path): _glob(prefix + str(path), folder) for path in (paths if isinstance(paths, list) else [paths])
-        }
-        found[split] = [name for name in names if any(p.fullmatch(name) for p in patterns.values())]
-        missing = [path for path, pattern in patterns.items() if not any(map(pattern.fullmatch, names))]
+        split, paths = _word(entry.get("split"), "split", folder), entry.get("path")
+        words = [_word(path, "path", folder) for path in (paths if isinstance(paths, list) else [paths])]
+        by_pattern = {word: {*filter(_glob(prefix + word, folder).matches, names)} for word in words}
+        found[split] = [name for name in names if any(name in own for own in by_pattern.values())]
+        missing = [word for word, own in by_pattern.items() if not own]
         if missing and split == wanted:
             raise UserError(
-                f"{folder / CARD} names data files that are not there ({', '.join(missing)}); mend or remove the card."
+                f"{folder / CARD} names data files that are not there ({listed_briefly(missing)}); mend or remove the "
+                "card."
             )
     return {split: own for split, own in found.items() if own}
 
@@ -94,18 +96,29 @@ def _config(folder: Path) -> dict[str, Any]:
     configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
     if len(configs) < 2:
         return configs[0] if configs else {}
-    named = [str(config.get("config_name")) for config in configs]
+    named = [_word(config.get("config_name"), "config_name", folder) for config in configs]
     for config, name in zip(configs, named, strict=True):
         if config.get("default") is True or name == "default":
             return config
     raise UserError(
-        f"The card of {folder} names several data sets ({', '.join(named)}); give the files or the folder of one."
+        f"The card of {folder} names several data sets ({listed_briefly(named)}); give the files or the folder of one."
     )
+
+
+def _word(value: Any, field: str, folder: Path) -> str:
+    """The value as text. Raises UserError for what is neither a word nor a number, and not shown: it may be endless."""
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise UserError(f"{folder / CARD}: {field} is no text; mend or remove the card.")
+    return str(value)
 
 
 def _head(card: Path) -> dict[str, Any]:
     """The YAML between the two lines of `---` that a card may begin with, empty without. Raises UserError."""
     import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            """Without merges: a few of them stand for more than a machine can hold."""
 
     try:
         # A byte order mark is no text.
@@ -118,8 +131,9 @@ def _head(card: Path) -> dict[str, Any]:
     if head is None:
         return {}
     try:
-        data = yaml.safe_load(head[2])
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        data = yaml.load(head[2], Loader)
+    # What tags make of values that they do not fit raises errors of every kind.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {head[1].count(chr(10)) + mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or first_line(error)
@@ -131,25 +145,11 @@ def _head(card: Path) -> dict[str, Any]:
     return data or {}
 
 
-def _glob(pattern: str, folder: Path) -> re.Pattern[str]:
-    """`*` within a name, `**` over folders, `[a]` and `[!a]`, as in a card. Raises UserError."""
-    words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[(?:![^\]/]+|[^\]/!][^\]/]*)\])", str(PurePosixPath(pattern)))
-    translated = [
-        re.escape(part) if index % 2 == 0 else _set(part) if part.startswith("[") else words[part]
-        for index, part in enumerate(parts)
-    ]
+def _glob(pattern: str, folder: Path) -> GlobPattern:
+    """A pattern of a card. Raises UserError for one that cannot be read."""
     try:
-        return re.compile("".join(translated), re.DOTALL)
+        return GlobPattern(str(PurePosixPath(pattern)))
     except re.error as error:
         raise UserError(
-            f"{folder / CARD} names files by a pattern that cannot be read ({pattern}); mend it."
+            f"{folder / CARD} names files by a pattern that cannot be read ({pattern[:100]}); mend it."
         ) from error
-
-
-def _set(part: str) -> str:
-    """Return the set of characters `[a-z]` or `[!a-z]` as a regular expression."""
-    inside = part[1:-1].replace("\\", "\\\\")
-    if inside.startswith("!"):
-        return f"[^{inside[1:]}]"
-    return f"[\\{inside}]" if inside[0] in "^[" else f"[{inside}]"

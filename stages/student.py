@@ -138,6 +138,9 @@ def prepare(options: StudentOptions) -> Prepared:
         raise UserError(f"--mix wants one weight above 0 for each of the {len(paths)} --shards, in their order")
     caches = open_caches(paths, options.checksums)
     source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    for cache in caches:
+        if not any(receipt.stored_positions for receipt in cache.receipts(partial=True)):
+            raise UserError(f"{cache.path}: no position has a loss, so there is nothing to train on")
     config = load_config(options.student, **source)
     tokenizer, notes = _tokenizer(options, caches[0], source)
     check_head(caches[0], config.get_text_config().vocab_size, options.student)

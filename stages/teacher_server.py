@@ -28,6 +28,7 @@ from stages.vllm_plugin import PackedStatistics
 from stages.vllm_pooling import scored_from_packed
 from stages.vllm_prompt_logprobs import refuse_beyond_logprobs, scored_from_json
 from storage.errors import RunError, UserError
+from storage.words import listed_briefly
 
 # What vLLM allows where it is not told otherwise.
 _STOCK_TOP_N = 20
@@ -107,7 +108,7 @@ class ServerTeacher(Teacher):
             for m in models
         ):
             raise UserError(f"{self._http.url}: /v1/models does not answer as vLLM does; is this a vLLM server?")
-        served = ", ".join(str(m["id"]) for m in models) or "nothing"
+        served = listed_briefly(str(m["id"]) for m in models) or "nothing"
         if wanted is None and len(models) != 1:
             raise UserError(f"{self._http.url} serves {served}; name one of them (--server-model)")
         found = [m for m in models if wanted is None or wanted in (m["id"], m.get("root"))]

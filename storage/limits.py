@@ -53,7 +53,7 @@ CORPUS_MEMORY = Limit(
 JSON_BYTES = Limit("PIPELINE_JSON_BYTES", 64 << 20, "bytes", "a manifest, a receipt or a card of a cache")
 SHARD_BYTES = Limit(
     "PIPELINE_SHARD_BYTES",
-    512 << 20,
+    128 << 20,
     "bytes",
     "a shard in memory, each value counted with 8 bytes; 64 more for each byte of its file",
 )

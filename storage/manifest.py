@@ -21,6 +21,8 @@ from storage.limits import JSON_BYTES
 from storage.places import Place, place
 
 _MOST_FIELDS = 1000
+# Lists and mappings in one another, of which a manifest has four.
+_DEEPEST = 32
 # Ids are int32 and everything that is counted fits int64 with room to multiply: larger numbers are damage or malice.
 _MAX_ID = 2**31 - 1
 _MAX_COUNT = 2**48
@@ -85,7 +87,8 @@ class ScoringOptions(_Model):
     tail_samples: int = Field(default=0, ge=0, le=schema.MAX_TOP_N)
     entropy: bool = True
     sketch: SketchIdentity | None = None
-    seed: int = 0
+    # What generators of random numbers take.
+    seed: int = Field(default=0, ge=0, lt=2**64)
     max_length: int = Field(ge=2, le=_MAX_ID)
     tail_epsilon: float = Field(default=0.0, ge=0, lt=1)
     min_n: int = Field(default=1, ge=1, le=schema.MAX_TOP_N)
@@ -302,6 +305,8 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
     # Each field that is not known would be an error of its own, with all its words.
     if (fields := max(len(raw), *(len(each) for each in raw.values() if isinstance(each, dict)), 0)) > _MOST_FIELDS:
         raise CacheError(f"{path}: the {what} is damaged: it has {fields:,} fields in one place")
+    if problem := _odd_text(raw):
+        raise CacheError(f"{path}: the {what} is damaged: {problem}")
     version = raw.get("format_version", schema.FORMAT_VERSION)
     if isinstance(version, int) and version > schema.FORMAT_VERSION:
         raise CacheError(
@@ -315,6 +320,23 @@ def _read_model(path: Place, model: type[_M], what: str) -> _M:
         first = error.errors()[0]
         where = ".".join(str(part)[:60] for part in first["loc"][:8]) or "the whole"
         raise CacheError(f"{path}: the {what} is damaged at {where}: {first['msg'][:200]}") from None
+
+
+def _odd_text(raw: dict[str, Any]) -> str | None:
+    """Why JSON that could be read cannot be written again; None where it can."""
+    level: list[Any] = [raw]
+    for _ in range(_DEEPEST):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for values in inside for value in values if isinstance(value, (dict, list))]
+        if not level:
+            break
+    else:
+        return f"nested more than {_DEEPEST} deep"
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "it holds half a character (\\ud800 to \\udfff), which no text has"
+    return None
 
 
 def _json_bytes(path: Place, what: str) -> bytes:

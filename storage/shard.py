@@ -148,6 +148,8 @@ def read_shard(
                     label = key.decode().rpartition(".")[2]
                     raise CacheError(f"{path}: this shard belongs elsewhere: {label} is {found}, not {value.decode()}")
             for name in names:
+                if stored.names.count(name) > 1:
+                    raise CacheError(f"{path}: column {name} stands there more than once")
                 if name not in stored.names or stored.field(name).type != wanted[name].type:
                     raise CacheError(f"{path}: column {name} is missing or not {wanted[name].type}")
             if parquet.metadata.num_rows != manifest.shards[index].sequences:

@@ -14,7 +14,7 @@ from pipeline.reports import show_cache
 from pipeline.shared_options import chat_options, chat_settings, engine_options
 from pipeline.signals import saying
 from pipeline.streams import say
-from storage.words import counted, part_of
+from storage.words import counted, listed_briefly, part_of
 
 if TYPE_CHECKING:
     from stages.cache_options import CacheOptions
@@ -354,7 +354,7 @@ def report_corpus(report: CorpusReport) -> None:
         if number := getattr(report, field):
             say(f"corpus: {counted(number, noun)} {one if number == 1 else several}", err=True)
     if report.unread_columns:
-        say(f"corpus: columns that are not read: {printable(', '.join(report.unread_columns))}", err=True)
+        say(f"corpus: columns that are not read: {printable(listed_briefly(report.unread_columns))}", err=True)
     for note in report.notes:
         say(f"corpus: {printable(note)}", err=True)
 

@@ -11,7 +11,7 @@ import click
 from pipeline.progress import summary, table
 from pipeline.reports import summary_rows
 from pipeline.streams import say
-from storage.errors import UserError
+from storage.errors import CacheError, UserError
 from storage.words import counted
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
     from stages.compatibility import cache_tokenizer, decoded
     from stages.summary import summarize
     from storage.cache import Cache
+    from storage.shard import value_problems
 
     if masks and (position is not None or alternatives is not None):
         raise UserError("--masks shows a whole sequence; leave out --position and --alternatives")
@@ -75,11 +76,15 @@ def command(directory: str, sequence: int | None, position: int | None, alternat
         return
     numbers = summarize(cache)
     rows = cache.read_shard(shard)
+    # What is shown is what it says, so it has to be possible.
+    for problem in value_problems(rows, manifest):
+        raise CacheError(f"{cache.shard_path(shard)}: {problem}")
     row = sequence - manifest.shards[shard].first
     ids, mask, counts = rows["input_ids"][row], rows["loss_mask"][row], rows["top_count"][row].astype(np.int64)
     stored = np.flatnonzero(mask)
     if position is None:
-        position = int(stored[len(stored) // 2])
+        shown_first = stored if len(stored) else np.arange(len(mask))
+        position = int(shown_first[len(shown_first) // 2])
     if position >= len(mask):
         raise UserError(
             f"--position {position}: sequence {sequence} has {counted(len(mask), 'scored position')}, from 0"
@@ -155,7 +160,7 @@ def _show_masks(cache: Cache, shard: int, sequence: int) -> None:
     row = sequence - cache.manifest.shards[shard].first
     ids, mask = rows["input_ids"][row], rows["loss_mask"][row]
     tokenizer = cache_tokenizer(cache)
-    view = within_limits(cache, lambda: stretches(tokenizer, ids, mask))
+    view = within_limits(cache, len(ids), lambda: stretches(tokenizer, ids, mask))
     show(view, f"sequence {sequence} of {cache.manifest.corpus.sequences}", ids, mask, sys.stdout)
 
 

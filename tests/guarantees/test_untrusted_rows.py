@@ -7,8 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -17,6 +20,7 @@ from stages.sources import load_rows
 from stages.text_files import text_rows
 from storage.errors import UserError
 from storage.limits import ROW_BYTES
+from tests.conftest import Tiny
 
 MIB = 1 << 20
 
@@ -135,3 +139,74 @@ def test_splits_of_a_saved_data_set_are_its_own_folders(tmp_path: Path) -> None:
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "../elsewhere"]}))
     with pytest.raises(UserError, match=r"names the file '\.\./elsewhere', which is not of its folder"):
         load_rows(str(folder))
+
+
+# ---- cards ------------------------------------------------------------------------------------------------------
+
+LEVELS = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+BOMB = "a0: &a0 [x, x]\n" + "\n".join(LEVELS) + "\n"
+STARS = "*a" * 40 + "b"
+CARDS = {
+    "a folder of aliases": BOMB + "configs:\n- data_dir: *a9\n",
+    "a split of aliases": BOMB + "configs:\n- data_files:\n  - split: *a9\n    path: x\n",
+    "a path of aliases": BOMB + "configs:\n- data_files:\n  - split: train\n    path: [*a9]\n",
+    "files of aliases": BOMB + "configs:\n- data_files: *a9\n",
+    "names of aliases": BOMB + "configs:\n- config_name: *a9\n- config_name: b\n",
+    "merges of merges": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)),
+    "a pattern of stars": f"configs:\n- data_files:\n  - split: train\n    path: '{STARS}'\n",
+    "a pattern of folders": f"configs:\n- data_files: '{'**/*a' * 30}b'\n",
+    "a pattern that is none": "configs:\n- data_files: 'x[z-a]'\n",
+    "a truth that is none": "configs: !!bool maybe\n",
+    "a number that is none": "configs: !!int ''\n",
+    "a fraction that is none": "configs: !!float ''\n",
+    "a time that is none": "configs: !!timestamp foo\n",
+    "bytes that are none": "configs: !!binary x\n",
+    "a set of sets": "configs: !!set {[a]: b}\n",
+    "a number of many digits": "configs:\n- data_dir: " + "9" * 100_000 + "\n",
+    "nested": "configs: " + "[" * 50_000 + "\n",
+    "code": "configs: !!python/object/apply:os.system [echo]\n",
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_of_a_data_set_is_read_in_bounded_time(kind: str, tmp_path: Path, pipeline: Callable[..., Any]) -> None:
+    folder = tmp_path / "data" / "/".join(["a" * 60] * 20)
+    folder.mkdir(parents=True)
+    (folder / ("a" * 200 + ".jsonl")).write_text('{"text": "A dog ran."}\n')
+    (tmp_path / "data" / "README.md").write_text(f"---\n{CARDS[kind]}---\n")
+    begin = time.monotonic()
+    ended = pipeline("plan", "--teacher", tmp_path / "none", "--dataset", tmp_path / "data")
+    assert ended.code == 2 and "internal" not in ended.err and len(ended.err) < 1500, ended.err[:2000]
+    with suppress(UserError):
+        load_rows(str(tmp_path / "data"))
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_a_deep_file_of_a_saved_data_set_is_refused(name: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "saved", "")
+    (folder / name).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(UserError, match="cannot be opened"):
+        load_rows(str(folder))
+
+
+def test_a_header_of_many_columns_is_read_in_time(tmp_path: Path) -> None:
+    names = ",".join(f"c{i}" for i in range(300_000)) + ",c1"
+    (tmp_path / "a.csv").write_text(f"{names}\n{','.join('1' * 300_001)}\n")
+    begin = time.monotonic()
+    rows = load_rows(str(tmp_path / "a.csv"))
+    assert len(rows) == 1 and time.monotonic() - begin < 20
+
+
+def test_many_columns_are_named_briefly(tmp_path: Path, tiny: Tiny, pipeline: Callable[..., Any]) -> None:
+    row = {f"c{i}": "x" for i in range(30_000)} | {"y" * 9000: "x"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    ended = pipeline("plan", "--teacher", tiny.teacher, "--dataset", tmp_path / "a.jsonl")
+    assert ended.code == 2 and len(ended.err) < 1500, len(ended.err)
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | {"text": "A dog ran."}) + "\n")
+    ended = pipeline(
+        "cache-teacher", "--teacher", tiny.teacher, "--dataset", tmp_path / "a.jsonl", "--output", tmp_path / "c",
+        "--engine", "transformers",
+    )  # fmt: skip
+    assert ended.code == 0 and "and 29,989 more" in ended.err and len(ended.err) < 3000, len(ended.err)

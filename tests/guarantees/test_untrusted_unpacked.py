@@ -88,10 +88,38 @@ def test_a_small_cache_that_unpacks_far_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_the_most_that_is_allowed_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = bomb(tmp_path / "cache", 11_000_000, monkeypatch)
+    cache = bomb(tmp_path / "cache", 2_700_000, monkeypatch)
     said, peak = command("verify", cache)
     assert "PIPELINE_SHARD_BYTES" not in said and "sums of tail mass" not in said
-    assert peak < 2000, peak
+    assert peak < 1200, peak
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(130_000, True), (500_000, False)])
+def test_samples_of_nothing_take_bounded_memory(
+    tokens: int, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tens of kilobytes: every position stored, its 110 samples all the same id."""
+    monkeypatch.setenv("PIPELINE_SHARD_BYTES", str(1 << 40))
+    manifest = make_manifest((tokens,), shard_tokens=tokens, max_length=tokens, top_n=1, tail_samples=110)
+    cache = Cache.create_or_resume(str(tmp_path / "cache"), manifest)
+    rows, each = constant_shard(tokens), np.array([0, tokens - 1])
+    lists = rows.lists | {
+        "loss_mask": Ragged(np.ones(tokens - 1, bool), each),
+        "top_count": Ragged(np.ones(tokens - 1, np.uint8), each),
+        "top_ids": Ragged(np.zeros(tokens - 1, np.int32), each),
+        "top_logprobs": Ragged(np.full(tokens - 1, -1, np.float16), each),
+        "tail_samples": Ragged(np.ones(110 * (tokens - 1), np.int32), 110 * each),
+    }
+    cache.write_shard(0, Rows(rows.sequence_id, lists), np.zeros(300), 1.0)
+    monkeypatch.delenv("PIPELINE_SHARD_BYTES")
+    (tmp_path / "cache/tokenizer").mkdir()
+    (tmp_path / "cache/tokenizer/tokenizer.json").write_text("{}")
+    assert size_of(tmp_path / "cache") < MIB
+    for name in ("verify", "select"):
+        more = ("--output", tmp_path / "other", "--top-n", 1, "--drop", "entropy") if name == "select" else ()
+        said, peak = command(name, tmp_path / "cache", *more)
+        assert ("PIPELINE_SHARD_BYTES" in said) is not taken, said
+        assert peak < 1500, (name, peak)
 
 
 def test_a_shard_that_no_reader_takes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
