@@ -79,7 +79,7 @@ def summarize(cache: Cache) -> Summary:
         bytes=sum(receipt.bytes for receipt in receipts),
         mean_tail_mass=sum(receipt.sum_tail_mass for receipt in receipts) / stored,
         mean_unc=sum(receipt.sum_unc for receipt in receipts) / stored,
-        unc_quantiles=tuple(float(-np.expm1(value)) for value in logs),
+        unc_quantiles=tuple(float(-np.expm1(min(value, 0.0))) for value in logs),
         teacher_cross_entropy=float(-gold_logprob.mean(dtype=np.float64)) if len(gold_logprob) else 0.0,
         mean_entropy=entropy / stored if has_entropy else None,
         mean_sketch_kl=_mean([receipt.sum_sketch_kl for receipt in receipts], stored),

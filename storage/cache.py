@@ -95,8 +95,9 @@ def sums(rows: Rows) -> tuple[float, float]:
     mask = rows["loss_mask"].values
     tail = rows["tail_logmass"].values[mask].astype(np.float64)
     gold = rows["gold_logprob"].values[mask].astype(np.float64)
-    # Rounding may lift a sure teacher's log-probability above 0.
-    return float(np.exp(tail).sum()), max(0.0, float(-np.expm1(gold).sum()))
+    # Rounding may lift a sure teacher's log-probability above 0; a false one overflows, and differs from any receipt.
+    with np.errstate(over="ignore"):
+        return float(np.exp(tail).sum()), max(0.0, float(-np.expm1(gold).sum()))
 
 
 class Cache:
